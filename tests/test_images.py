@@ -1,0 +1,190 @@
+"""Decoding and preprocessing, against Pillow and torchvision."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import SAMPLES
+from PIL import Image, ImageOps
+from torchvision import transforms
+
+import infer
+
+LITE = {"resize": 292, "crop": 260, "interpolation": "bicubic", "mean": [127 / 255] * 3, "std": [128 / 255] * 3}
+SPECS = [infer.CLASSIC_SPEC, LITE, {**LITE, "resize": 260, "interpolation": "bilinear"}]
+
+
+def torchvision_pipeline(spec):
+    mode = transforms.InterpolationMode(spec["interpolation"])
+    return transforms.Compose(
+        [
+            transforms.Resize(spec["resize"], mode),
+            transforms.CenterCrop(spec["crop"]),
+            transforms.ToTensor(),
+            transforms.Normalize(spec["mean"], spec["std"]),
+        ]
+    )
+
+
+def engine(spec):
+    """An engine around a network that gives its input back, so that nothing but the input is seen."""
+    model = torch.nn.Identity()
+    model.spec = {**spec, "name": "identity", "num_classes": 2, "labels": ["a", "b"]}
+    return infer.TorchEngine(model, "identity", None, "cpu", "float32")
+
+
+SIZES = [(260, 260), (292, 292), (224, 224), (500, 375), (375, 500), (1, 1), (2, 3), (7, 5), (259, 261), (293, 291)]
+SIZES += [(1000, 30), (31, 999), (3, 400), (400, 3), (1, 300), (300, 1), (257, 1024), (1023, 4001), (999, 1001)]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["classic", "lite", "square"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_preprocessing_is_bit_identical_to_torchvision(size, spec):
+    noise = np.random.default_rng(size).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    pixels = infer.preprocess(image, spec)
+    assert pixels.dtype == np.uint8 and pixels.shape == (spec["crop"], spec["crop"], 3)
+    ours = engine(spec).normalize(np.stack([pixels]))[0]
+    assert torch.equal(ours, torchvision_pipeline(spec)(image))
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV"])
+def test_real_photos_in_every_mode_are_bit_identical_to_torchvision(path, mode):
+    image = Image.open(path).convert(mode)
+    rgb = infer.to_rgb(image)
+    assert rgb.mode == "RGB" and rgb.tobytes() == image.convert("RGB").tobytes()
+    ours = engine(LITE).normalize(np.stack([infer.preprocess(rgb, LITE)]))[0]
+    assert torch.equal(ours, torchvision_pipeline(LITE)(image.convert("RGB")))
+
+
+def test_a_line_of_pixels_does_not_exhaust_memory():
+    for size in [(1, 20000), (20000, 1), (2, 60000)]:
+        image = Image.linear_gradient("L").convert("RGB").resize(size)
+        assert infer.preprocess(image, LITE).shape == (260, 260, 3)
+
+
+def saved(tmp_path, image, name, **options):
+    path = tmp_path / name
+    image.save(path, **options)
+    return path
+
+
+def pixel(image):
+    return image.getpixel((image.width // 2, image.height // 2))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "L", "RGB"])
+def test_transparency_lies_over_white(tmp_path, mode):
+    """Black that is wholly transparent must not show; what is opaque must."""
+    black = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    black.paste((200, 200, 200, 255), (4, 0, 8, 8))
+    if mode in ("RGBA", "LA", "PA"):
+        image = infer.to_rgb(black.convert(mode))
+    else:  # one colour is named transparent, as in a PNG's tRNS chunk or a GIF
+        solid = Image.new("RGB", (8, 8), (0, 0, 0))
+        solid.paste((200, 200, 200), (4, 0, 8, 8))
+        solid = solid.convert(mode, palette=Image.Palette.ADAPTIVE) if mode == "P" else solid.convert(mode)
+        key = (0, 0, 0) if mode == "RGB" else solid.getpixel((0, 0))
+        image = infer.read_image(saved(tmp_path, solid, "key.png", transparency=key))
+    assert image.mode == "RGB"
+    assert image.getpixel((1, 4)) == (255, 255, 255)
+    assert image.getpixel((6, 4)) == pytest.approx((200, 200, 200), abs=1)
+
+
+def test_half_transparency_is_mixed_with_white():
+    assert pixel(infer.to_rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 128)))) == pytest.approx((127,) * 3, abs=1)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, mode):
+    values = np.linspace(0, 65535, 256).astype(np.uint16)
+    big_endian = mode == "I;16B"
+    data = np.tile(values, (4, 1)).astype(">u2" if big_endian else "<u2" if mode == "I;16" else np.int32)
+    image = Image.frombytes(mode, (256, 4), data.tobytes())
+    expected = np.tile(np.round(values / 65535 * 255), (4, 1))
+    assert np.array_equal(np.asarray(infer.to_rgb(image))[..., 0], expected)
+    if mode == "I;16":
+        for name in ("16.png", "16.tiff"):
+            decoded = infer.read_image(saved(tmp_path, image, name))
+            assert np.array_equal(np.asarray(decoded)[..., 1], expected)
+
+
+def test_floating_point_images():
+    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None].repeat(2, 0)
+    for scaled in (ramp, ramp * 1000 - 500, np.round(ramp * 255)):
+        image = np.asarray(infer.to_rgb(Image.fromarray(scaled)))
+        assert np.array_equal(image[0, :, 0], np.arange(256))
+    assert pixel(infer.to_rgb(Image.fromarray(np.zeros((4, 4), np.float32)))) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    image = Image.open(SAMPLES[0]).resize((64, 40))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, image, "turned.png", exif=exif)
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    assert infer.read_image(path).tobytes() == expected.tobytes()
+    assert infer.read_image(path).size == ((64, 40) if orientation < 5 else (40, 64))
+
+
+@pytest.mark.parametrize("name", ["frames.gif", "frames.webp", "frames.png", "frames.tiff"])
+def test_the_first_frame_of_an_animation(tmp_path, name):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    options = {"lossless": True} if name.endswith("webp") else {}
+    path = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **options)
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    assert pixel(infer.read_image(path)) == (250, 0, 0)
+
+
+def error_of(path):
+    with pytest.raises(Exception) as caught:
+        infer.read_image(path)
+    return infer.describe_image_error(caught.value)
+
+
+def test_what_is_no_image_has_one_clear_line(tmp_path):
+    jpeg = SAMPLES[0].read_bytes()
+    files = {
+        "empty.jpg": b"",
+        "text.jpg": b"hello",
+        "half.jpg": jpeg[: len(jpeg) // 2],
+        "head.png": b"\x89PNG\r\n\x1a\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    expected = {
+        "empty.jpg": "无法识别的图像格式",
+        "text.jpg": "无法识别的图像格式",
+        "half.jpg": "图像文件不完整",
+        "head.png": "",
+        "fifo.jpg": "不是普通文件",
+        "folder.jpg": "是文件夹",
+        "missing.jpg": "文件不存在",
+        "loop.jpg": "无法读取图像",
+    }
+    for name, message in expected.items():
+        text = error_of(tmp_path / name)
+        assert message in text and text and "\n" not in text, name
+
+
+def test_a_decompression_bomb_is_refused_and_a_large_photo_is_not(tmp_path, monkeypatch):
+    # A PNG header that promises 30,000 × 30,000 pixels; Pillow stops before any is decoded.
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(90001)))):
+        bomb += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    assert "图像过大" in error_of(tmp_path / "bomb.png")
+    path = saved(tmp_path, Image.new("RGB", (150, 100)), "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10000)  # once, not twice beyond: Pillow only warns
+    assert infer.read_image(path).size == (150, 100)

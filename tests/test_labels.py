@@ -1,0 +1,82 @@
+"""labels_zh.json and --labels files."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+import infer
+
+# Names that Chinese speakers write with Latin letters.
+WITH_LATIN_LETTERS = {"CD播放器", "iPod", "T恤", "福特T型车"}
+
+
+def labels():
+    return json.loads((ROOT / "labels_zh.json").read_text(encoding="utf-8"))
+
+
+def test_a_thousand_different_chinese_names():
+    names = labels()
+    assert len(names) == len(set(names)) == 1000
+    # The basic block, and one bird whose character came to Unicode later.
+    odd = {name for name in names if not re.fullmatch(r"[\u4e00-\u9fff䴕]+", name)}
+    assert odd == WITH_LATIN_LETTERS
+    assert max(map(len, names)) <= 10
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [(134, "鹤"), (517, "起重机"), (101, "长牙象"), (412, "垃圾桶"), (443, "围嘴"), (610, "T恤"), (718, "桥墩")]
+    + [(744, "火箭"), (876, "浴盆"), (926, "火锅"), (968, "茶杯"), (984, "油菜花"), (271, "红狼"), (666, "研钵")]
+    + [
+        (667, "学士帽"),
+        (665, "轻便摩托车"),
+        (93, "犀鸟"),
+        (96, "巨嘴鸟"),
+        (699, "排箫"),
+        (340, "斑马"),
+        (999, "卫生纸"),
+    ],
+)
+def test_names_say_what_the_photos_show(index, name):
+    assert labels()[index] == name
+
+
+def write(tmp_path, name, text, encoding="utf-8"):
+    path = tmp_path / name
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.json", '["猫", "狗", "鹤 鸟"]'),
+        ("object.json", '{"1": "狗", "0": "猫", "2": "鹤 鸟"}'),
+        ("names.txt", "猫\n狗\n鹤 鸟\n"),
+        ("no_newline.txt", "猫\n狗\n鹤 鸟"),
+        ("windows.txt", "\ufeff猫\r\n狗\r\n鹤 鸟\r\n"),
+        ("meta_info.txt", "0\t猫\tx\n1\t狗\ty\n2\t鹤 鸟\tz\n"),
+    ],
+)
+def test_every_kind_of_labels_file(tmp_path, name, text):
+    assert infer.read_labels(write(tmp_path, name, text)) == ["猫", "狗", "鹤 鸟"]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "message"),
+    [
+        ("", "utf-8", "应是一组名称"),
+        ("[]", "utf-8", "应是一组名称"),
+        ('["猫", 3]', "utf-8", "应是一组名称"),
+        ('{"0": "猫", "2": "狗"}', "utf-8", "缺少序号 '1'"),
+        ('["猫", ', "utf-8", "无法读取"),
+        ("猫\n狗\n", "gbk", "无法读取"),
+    ],
+)
+def test_a_bad_labels_file_is_one_clear_error(tmp_path, text, encoding, message):
+    with pytest.raises(infer.ModelError, match=message):
+        infer.read_labels(write(tmp_path, "labels", text, encoding))
+    with pytest.raises(infer.ModelError, match="无法读取"):
+        infer.read_labels(tmp_path / "missing")
