@@ -354,7 +354,8 @@ class TorchEngine:
             torch, dtype if dtype != "auto" else "float16" if self.device.type == "cuda" else "float32"
         )
         with self._out_of_memory():
-            self.model = model.eval().to(self.device, self.dtype)
+            # channels_last: pixels come as N×H×W×3 anyway, and convolutions are up to twice as fast so.
+            self.model = model.eval().to(self.device, self.dtype, memory_format=torch.channels_last)
         self.spec = {"name": name} | CLASSIC_SPEC | getattr(model, "spec", {})
         if self.spec["crop"] > self.spec["resize"]:
             raise ModelError(f"模型 {name} 的 spec 有误: crop {self.spec['crop']} 大于 resize {self.spec['resize']}")
