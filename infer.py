@@ -15,27 +15,37 @@ arguments → paths → images (decoded in threads) → engine → top-k with la
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import csv
 import dataclasses
 import difflib
+import functools
+import glob
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import logging
+import mimetypes
 import os
 import queue
 import re
+import signal
+import sqlite3
 import stat
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     import numpy
@@ -59,12 +69,17 @@ CLASSIC_SPEC = {
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 log = logging.getLogger("wwts")
+CACHE_HIT = logging.INFO + 1  # a level of its own, for its own word in brackets
 
 
 class ModelError(Exception):
     """Model, weights, labels or device cannot be used; the message says what to do."""
 
     exit_status = 3
+
+
+class DeviceMemoryError(ModelError):
+    """The device has not enough memory for what was asked of it at once."""
 
 
 class UsageError(ModelError):
@@ -90,31 +105,38 @@ class Result:
     model: str
     predictions: tuple[Prediction, ...] = ()
     error: str | None = None
+    cached: bool = False
 
     def record(self) -> dict[str, Any]:
         """The JSON-able record that is written to JSONL."""
         record: dict[str, Any] = {"path": self.path, "model": self.model}
         if self.error is not None:
             return record | {"error": self.error}
-        return record | {"results": [dataclasses.asdict(prediction) for prediction in self.predictions]}
+        record["results"] = [dataclasses.asdict(prediction) for prediction in self.predictions]
+        return record | {"cached": True} if self.cached else record
 
 
 # ---------------------------------------------------------------- images
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
+def open_image(path: str | os.PathLike) -> BinaryIO:
+    """Open a regular file for reading; raises ``OSError`` for anything else (a FIFO would block for ever)."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("是文件夹(没有权限列出其中的文件?)" if os.path.isdir(path) else "不是普通文件")
+    return open(path, "rb")
+
+
+def decode_image(file: BinaryIO) -> Image.Image:
     """Decode an image file into an RGB ``PIL.Image``: first frame, upright, transparency over white.
 
-    Raises ``OSError`` for what is not a readable regular file, and whatever Pillow raises for a file
-    that is broken, truncated, of an unknown format or beyond its decompression-bomb limit.
+    Raises whatever Pillow raises for a file that is broken, truncated, of an unknown format or beyond
+    its decompression-bomb limit.
     """
     from PIL import Image, ImageOps
 
     # Pillow only warns between once and twice its limit; phones take such photos.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block for ever
-        raise OSError("是文件夹" if os.path.isdir(path) else "不是普通文件")
-    with open(path, "rb") as file, Image.open(file) as image:
+    with Image.open(file) as image:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
 
@@ -262,6 +284,8 @@ def load_hub_model(
                 if "offline" in parameters and offline:
                     arguments["offline"] = True
                 model = entry(**arguments)
+                if "files" in getattr(model, "spec", {}):
+                    model.spec["files"].append(str(folder / "hubconf.py"))
             finally:
                 sys.path.remove(str(folder))
         except ModelError:
@@ -356,12 +380,14 @@ class TorchEngine:
         with self._out_of_memory():
             # channels_last: pixels come as N×H×W×3 anyway, and convolutions are up to twice as fast so.
             self.model = model.eval().to(self.device, self.dtype, memory_format=torch.channels_last)
-        self.spec = {"name": name} | CLASSIC_SPEC | getattr(model, "spec", {})
+        self.spec = CLASSIC_SPEC | getattr(model, "spec", {}) | {"name": name}
         if self.spec["crop"] > self.spec["resize"]:
             raise ModelError(f"模型 {name} 的 spec 有误: crop {self.spec['crop']} 大于 resize {self.spec['resize']}")
         if "num_classes" not in self.spec:
             self.spec["num_classes"] = self._count_classes()
         self.spec["labels"] = self._labels(labels)
+        if labels is not None:
+            self.spec["fingerprint"] = _digest(self.spec.get("fingerprint"), labels)
         self._mean, self._std = (
             torch.tensor(self.spec[key], device=self.device).view(1, 3, 1, 1) for key in ("mean", "std")
         )
@@ -423,91 +449,210 @@ class TorchEngine:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise ModelError(
+            raise DeviceMemoryError(
                 f"{self.device_name} 显存不足。请关闭占用显存的程序(nvidia-smi 查看),或改用 --dtype float16、-d cpu"
             ) from error
+
+
+# ---------------------------------------------------------------- cache of results
+
+
+class _SqliteStore:
+    """What of redis.Redis the cache uses, in a file that any number of processes share."""
+
+    def __init__(self, path: str):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        # A write-ahead log lets some read while one writes; what a power cut loses can be had again.
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=NORMAL")
+        self._connection.execute("CREATE TABLE IF NOT EXISTS cache (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+
+    def get(self, key: str) -> str | None:
+        row = self._connection.execute("SELECT value FROM cache WHERE key = ?", (key,)).fetchone()
+        return row and row[0]
+
+    def set(self, key: str, value: str) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO cache VALUES (?, ?)", (key, value))
+
+
+class Cache:
+    """JSON values by key in an SQLite file or a Redis server; one that breaks costs a warning, no more."""
+
+    def __init__(self, location: str):
+        self._location, self._lock, self._broken, self._store = location, threading.Lock(), False, None
+        self._errors: tuple = (sqlite3.Error, OSError, ValueError)
+        self._open: Callable = functools.partial(_SqliteStore, location)
+        if location.startswith(("redis://", "rediss://", "unix://")):
+            try:
+                import redis
+            except ImportError as error:
+                raise ModelError("--cache redis://… 需要 redis 包,请运行: pip install redis") from error
+            self._errors += (redis.RedisError,)
+            self._open = functools.partial(redis.Redis.from_url, location, socket_timeout=5, socket_connect_timeout=2)
+
+    def _call(self, method: str, *arguments: str) -> Any:
+        with self._lock:
+            try:
+                if not self._broken:
+                    self._store = self._store or self._open()
+                    return getattr(self._store, method)(*arguments)
+            except self._errors as error:
+                self._broken = True
+                log.warning("缓存 %s 不能使用(%s),本次不用缓存", self._location, _one_line(error))
+        return None
+
+    def get(self, key: str) -> Any:
+        """The value stored under key, or None."""
+        text = self._call("get", f"wwts:{key}")
+        with contextlib.suppress(ValueError):  # what is no JSON was not put here by this program
+            return None if text is None else json.loads(text)
+
+    def put(self, key: str, value: Any) -> None:
+        """Store a value under key."""
+        self._call("set", f"wwts:{key}", json.dumps(value))
+
+
+def cache_folder() -> Path:
+    """The folder for what this program keeps for the user: results and exported graphs."""
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "wwts"
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=True, default=str).encode()).hexdigest()[:32]
+
+
+def _file_states(paths: Iterable[str]) -> list:
+    """Path, size and time of last change of files, so that a change (or coming into being) is seen later."""
+    states = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+            states.append([path, status.st_size, status.st_mtime_ns])
+        except OSError:
+            states.append([path, None, None])
+    return states
 
 
 # ---------------------------------------------------------------- recognizer
 
 
-class Recognizer:
-    """Recognises images with one model; loads it when first used, so it can be pickled and shipped before.
+class _Prepared(NamedTuple):
+    """An image on its way to the engine: with pixels, or with cached predictions, or with an error."""
 
-    Args:
-        model: entry point of the hub repository; None means wwts_cn_base, or wwts_cn_lite with a warning
-            where base's weights are not to be had.
-        repo: torch.hub repository, a folder or OWNER/NAME[:REF]; None means the folder of this file.
-        trust_repo: allow code of a remote repository to run.
-        weights: file or folder of weights, passed to the entry point.
-        labels: file of labels that replace the model's own; see read_labels.
-        offline: never touch the network.
-        device: auto, cpu, cuda, cuda:N or mps.
-        dtype: auto (float16 on CUDA, else float32), float32, float16 or bfloat16.
-        topk: how many predictions a result has at most.
-        threshold: least confidence (0 to 1) of a prediction.
-        batch_size, workers: images per forward pass, decoding threads.
+    path: str
+    pixels: numpy.ndarray | None = None
+    key: str | None = None
+    cached: list | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass
+class Recognizer:
+    """Recognises images with one model; loads it when first needed, so it can be pickled and shipped before.
 
     Raises ModelError, when first used, if the model, its weights or labels, or the device are unusable.
     """
 
-    def __init__(
-        self,
-        model: str | None = None,
-        *,
-        repo: str | None = None,
-        trust_repo: bool = False,
-        weights: str | os.PathLike | None = None,
-        labels: str | os.PathLike | None = None,
-        offline: bool = False,
-        device: str = "auto",
-        dtype: str = "auto",
-        topk: int = 5,
-        threshold: float = 0.0,
-        batch_size: int = 8,
-        workers: int | None = None,
-    ):
-        self.model = model
-        self.repo, self.trust_repo = repo, trust_repo
-        self.weights = None if weights is None else os.fspath(weights)
-        self.labels, self.offline = labels, offline or os.environ.get("WWTS_OFFLINE", "0") not in ("", "0")
-        self.device, self.dtype = device, dtype
-        self.topk, self.threshold = topk, threshold
-        self.batch_size, self.workers = batch_size, workers or min(os.cpu_count() or 1, 16)
-        self._engine: TorchEngine | None = None
+    # Entry point of the hub repository; None: wwts_cn_base, or wwts_cn_lite with a warning where base's
+    # weights are not to be had.
+    model: str | None = None
+    _: dataclasses.KW_ONLY
+    repo: str | None = None  # torch.hub repository, a folder or OWNER/NAME[:REF]; None: the folder of this file
+    trust_repo: bool = False  # allow code of a remote repository to run
+    weights: str | os.PathLike | None = None  # file or folder, passed to the entry point
+    labels: str | os.PathLike | None = None  # file of labels that replace the model's own; see read_labels
+    offline: bool = False  # never touch the network
+    device: str = "auto"  # or cpu, cuda, cuda:N, mps
+    dtype: str = "auto"  # float16 on CUDA, else float32; or float32, float16, bfloat16
+    topk: int = 5  # how many predictions a result has at most
+    threshold: float = 0.0  # least confidence of a prediction, 0 to 1
+    batch_size: int | None = None  # images per forward pass; None: 64 on CUDA, else 8
+    workers: int | None = None  # decoding threads; None: one per core, 16 at most
+    cache: str | os.PathLike | None = None  # file or redis:// URL that keeps results by content of image and model
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_engine": None}
+    def __post_init__(self) -> None:
+        self.weights, self.labels, self.cache = (
+            None if path is None else os.fspath(path) for path in (self.weights, self.labels, self.cache)
+        )
+        self.offline = self.offline or os.environ.get("WWTS_OFFLINE", "0") not in ("", "0")
+        self.workers = self.workers or min(os.cpu_count() or 1, 16)
+        self._engine: TorchEngine | None = None
+        self._identity: dict[str, Any] | None = None
+        self._cache: Cache | None = None
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def __reduce__(self) -> tuple:
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return functools.partial(Recognizer, **arguments), ()
 
     def load(self) -> TorchEngine:
         """Load model and labels unless that is done, and return the engine."""
-        if self._engine is None:
-            labels = None if self.labels is None else read_labels(self.labels)
-            import_torch()
-            model = self._load_model()
-            self._engine = TorchEngine(model, self.model, labels, self.device, self.dtype)
+        with self._lock:
+            if self._engine is None:
+                labels = None if self.labels is None else read_labels(self.labels)
+                import_torch()
+                name, model, warning, searched = self._load_model()
+                if self.cache and "fingerprint" not in getattr(model, "spec", {}):
+                    model.spec = {**getattr(model, "spec", {}), "fingerprint": fingerprint(model)}
+                engine = TorchEngine(model, name, labels, self.device, self.dtype)
+                log.info("加载模型完成,使用设备: %s", engine.device_name)
+                self.batch_size = self.batch_size or (64 if engine.device.type == "cuda" else 8)
+                self._engine, self._identity = engine, self._remember(engine.spec, warning, searched)
         return self._engine
 
-    def _load_model(self) -> torch.nn.Module:
+    def _load_model(self) -> tuple[str, torch.nn.Module, str | None, list[str] | None]:
+        """Name and model; if it is the second choice, a warning and where the first was looked for, if only there."""
         source = (self.repo, self.trust_repo, self.weights, self.offline)
         name = self.model or DEFAULT_MODEL
         try:
-            model = load_hub_model(name, *source)
+            return name, load_hub_model(name, *source), None, []
         except (FileNotFoundError, ConnectionError) as error:
             if self.model is not None or self.weights is not None:
                 raise ModelError(_one_line(error)) from error
-            log.warning("%s。本次改用 %s(1,000 类)", error, FALLBACK_MODEL)
-            name = FALLBACK_MODEL
-            try:
-                model = load_hub_model(name, *source)
-            except FileNotFoundError as missing:
-                raise ModelError(_one_line(missing)) from missing
-        self.model = name
-        return model
+            warning = f"{error}。本次改用 {FALLBACK_MODEL}(1,000 类)"
+            searched = getattr(error, "searched", None)
+        log.warning(warning)
+        try:
+            return FALLBACK_MODEL, load_hub_model(FALLBACK_MODEL, *source), warning, searched
+        except FileNotFoundError as error:
+            raise ModelError(_one_line(error)) from error
+
+    def identify(self) -> dict[str, Any]:
+        """Name, num_classes and fingerprint of the model: from the cache if no file changed, else by loading it."""
+        if self._identity is None and self.cache:
+            self._cache = self._cache or Cache(self.cache)
+            known = self._cache.get(self._request())
+            if known and _file_states(state[0] for state in known["files"]) == known["files"]:
+                self._identity = known
+                if known["warning"]:
+                    log.warning(known["warning"])
+        if self._identity is None:
+            self.load()
+        return self._identity
+
+    def _request(self) -> str:
+        """What decides, beside the content of files, which model this recognizer loads."""
+        places = [os.environ.get(name) for name in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE")]
+        paths = [path and os.path.abspath(path) for path in (self.repo, self.weights, self.labels)]
+        return _digest("model", str(HERE), self.model, self.offline, *paths, *places)
+
+    def _remember(self, spec: dict[str, Any], warning: str | None, searched: list[str] | None) -> dict[str, Any]:
+        identity = {key: spec.get(key) for key in ("name", "num_classes", "fingerprint")} | {"warning": warning}
+        if self._cache and "files" in spec and searched is not None:  # the choice depended on files alone
+            files = [__file__, *spec["files"], *searched, *([self.labels] if self.labels else [])]
+            self._cache.put(self._request(), identity | {"files": _file_states(files)})
+        return identity
 
     def __call__(self, image: str | os.PathLike | Image.Image) -> Result:
         """Recognise one file or PIL image. A file that cannot be read gives a Result with ``error`` set."""
         return next(self.stream([image]))
+
+    def stop(self) -> None:
+        """Let the stream that is running end after the batch in hand; safe to call from a signal handler."""
+        self._stopped = True
 
     def stream(self, images: Iterable[str | os.PathLike | Image.Image]) -> Iterator[Result]:
         """Recognise any number of files or PIL images in constant memory; results come in input order.
@@ -515,93 +660,271 @@ class Recognizer:
         Decoding runs in ``workers`` threads beside the engine. A batch is run when it is full, or when
         the input has nothing more to give at the moment.
         """
-        engine = self.load()
-        prepared: queue.Queue[Future | None] = queue.Queue(2 * self.batch_size + self.workers)
-        stopped = threading.Event()
-        with ThreadPoolExecutor(self.workers) as pool:
+        self._stopped = False
+        self.identify()
+        prepared: queue.Queue[Future | None] = queue.Queue(2 * (self.batch_size or 8) + self.workers)
+        closed = threading.Event()
 
-            def put(item: Future | None) -> None:
-                while not stopped.is_set():
-                    with contextlib.suppress(queue.Full):
-                        return prepared.put(item, timeout=0.1)
+        def put(item: Future | None) -> None:
+            while not closed.is_set():
+                with contextlib.suppress(queue.Full):
+                    return prepared.put(item, timeout=0.1)
 
-            def feed() -> None:
-                try:
-                    for image in images:
-                        put(pool.submit(self._prepare, image, engine))
-                        if stopped.is_set():
-                            return
-                    put(None)
-                except BaseException as error:  # handed over to the thread that asked for results
-                    failed: Future = Future()
-                    failed.set_exception(error)
-                    put(failed)
-
-            threading.Thread(target=feed, daemon=True).start()
+        def feed() -> None:
             try:
-                for batch in _batches(prepared, self.batch_size):
-                    yield from self._classify(batch, engine)
-            finally:
-                stopped.set()
-                pool.shutdown(wait=True, cancel_futures=True)
+                for image in images:
+                    put(pool.submit(self._prepare, image))
+                    if closed.is_set():
+                        return
+                put(None)
+            except BaseException as error:  # handed over to the thread that asked for results
+                failed: Future = Future()
+                failed.set_exception(error)
+                put(failed)
 
-    def _prepare(self, image: Any, engine: TorchEngine) -> tuple[str, numpy.ndarray | None, str | None]:
-        """Path, preprocessed pixels, error: one of the last two is None."""
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            threading.Thread(target=feed, daemon=True).start()
+            for batch in self._batches(prepared):
+                yield from self._recognize(batch)
+        finally:
+            closed.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _batches(self, prepared: queue.Queue) -> Iterator[list[_Prepared]]:
+        """Batches of what a queue of futures gives, up to None; waits for nothing that is not yet in it."""
+        batch: list[_Prepared] = []
+        ended = False
+        while not ended and not self._stopped:
+            with contextlib.suppress(queue.Empty):
+                future = prepared.get(timeout=0.05 if batch else 0.2)
+                ended = future is None
+                if not ended:
+                    batch.append(future.result())
+                    if len(batch) < (self.batch_size or 8):
+                        continue
+            if batch:
+                yield batch
+                batch = []
+
+    def _prepare(self, image: Any) -> _Prepared:
         from PIL import Image
 
         if isinstance(image, Image.Image):
-            return getattr(image, "filename", "") or "", preprocess(to_rgb(image), engine.spec), None
+            return _Prepared(getattr(image, "filename", "") or "", preprocess(to_rgb(image), self.load().spec))
         path = os.fspath(image)
+        key = None
         try:
-            return path, preprocess(read_image(path), engine.spec), None
+            with open_image(path) as file:
+                if self._cache:
+                    file = io.BytesIO(file.read())
+                    key = f"{hashlib.sha256(file.getbuffer()).hexdigest()}:{self._identity['fingerprint']}"
+                    known = self._cache.get(key)
+                    if known and len(known) >= min(self.topk, self._identity["num_classes"]):
+                        return _Prepared(path, cached=known[: self.topk])
+                rgb = decode_image(file)
         except Exception as error:  # a broken file can make a decoder raise anything: one record, no more
-            return path, None, describe_image_error(error)
+            return _Prepared(path, error=describe_image_error(error))
+        return _Prepared(path, preprocess(rgb, self.load().spec), key)
 
-    def _classify(
-        self, batch: list[tuple[str, numpy.ndarray | None, str | None]], engine: TorchEngine
-    ) -> Iterator[Result]:
-        pixels = [pixels for _, pixels, _ in batch if pixels is not None]
-        answers = iter(engine.classify(pixels, self.topk) if pixels else ())
-        labels = engine.spec["labels"]
-        for path, pixels, error in batch:
-            if pixels is None:
-                yield Result(path, self.model, error=error)
+    def _recognize(self, batch: list[_Prepared]) -> Iterator[Result]:
+        name = self._identity["name"]
+        answers = iter(self._classify([image.pixels for image in batch if image.pixels is not None]))
+        for path, pixels, key, cached, error in batch:
+            if error is not None:
+                yield Result(path, name, error=error)
                 continue
-            answer = next(answers)
-            if not answer:
-                yield Result(path, self.model, error="模型输出了 NaN 或无穷大,结果不可信;可改用 --dtype float32")
+            results = cached if pixels is None else next(answers)
+            if not results:
+                yield Result(path, name, error="模型输出了 NaN 或无穷大,结果不可信;可改用 --dtype float32")
                 continue
-            kept = tuple(Prediction(labels[index], p, index) for index, p in answer if p >= self.threshold)
-            yield Result(path, self.model, kept)
+            if key is not None:
+                self._cache.put(key, results)
+            kept = tuple(Prediction(*result) for result in results if result[1] >= self.threshold)
+            yield Result(path, name, kept, cached=pixels is None)
+
+    def _classify(self, pixels: list[numpy.ndarray]) -> list[list[tuple[str, float, int]]]:
+        """Label, confidence and index of the top-k of each image; in smaller batches where memory does not suffice."""
+        answers: list = []
+        while len(answers) < len(pixels):
+            engine = self.load()
+            batch = pixels[len(answers) : len(answers) + self.batch_size]
+            try:
+                answers += engine.classify(batch, self.topk)
+            except DeviceMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.batch_size = len(batch) // 2
+                log.warning("显存不足,批大小减为 %d", self.batch_size)
+        return [[(engine.spec["labels"][index], value, index) for index, value in answer] for answer in answers]
 
 
-def _batches(prepared: queue.Queue, size: int) -> Iterator[list]:
-    """Lists of results of the futures in a queue that ends with None; waits for no input that is late."""
-    batch: list = []
-    while True:
-        try:
-            future = prepared.get(timeout=0.05) if batch else prepared.get()
-        except queue.Empty:
-            yield batch
-            batch = []
+def fingerprint(model: torch.nn.Module) -> str:
+    """A digest of all parameters and buffers, for a model that brings none."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def find_images(inputs: Iterable[str]) -> Iterator[str]:
+    """Paths of images: files as named, folders and globs expanded and sorted by path, - read line by line.
+
+    A file that is named twice comes once. What turns out to hold no image is warned of.
+    """
+    inputs = list(inputs)
+    # One folder names no file twice, and may hold millions.
+    seen: set[str] | None = None if len(inputs) == 1 and inputs[0] != "-" else set()
+    for name in inputs:
+        number = 0
+        for number, path in enumerate(_expand(name), 1):  # noqa: B007
+            if seen is not None:
+                absolute = os.path.abspath(path)
+                if absolute in seen:
+                    continue
+                seen.add(absolute)
+            yield path
+        if not number:
+            log.warning("%s 里没有图片", "标准输入" if name == "-" else printable(name))
+
+
+def _expand(name: str) -> Iterator[str]:
+    if name == "-":
+        # Bytes, since a file name need not be text; line by line, since the producer may be slow. Not through
+        # sys.stdin, whose lock Python wants at exit, when an interrupted run may still wait for a line.
+        with open(0, "rb", closefd=False) as file:
+            yield from filter(None, (os.fsdecode(line.rstrip(b"\r\n")) for line in file))
+    elif os.path.isdir(name):
+        yield from _walk(name, image_extensions(), ())
+    elif glob.has_magic(name) and not os.path.lexists(name):
+        for path in sorted(glob.iglob(name, recursive=True)):
+            yield from _expand(path) if os.path.isdir(path) else (path,)
+    else:
+        yield name
+
+
+def image_extensions() -> set[str]:
+    """The file name extensions, with dot and in lower case, that Pillow opens."""
+    from PIL import Image
+
+    return {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+
+
+def _walk(folder: str, extensions: set[str], parents: tuple) -> Iterator[str]:
+    """Images under a folder in the order of their full paths, a folder at a time in memory."""
+    try:
+        status = os.stat(folder)
+        # A "/" after a folder's name puts its files where their full paths belong among its neighbours'.
+        entries = sorted((entry.name + "/" * os.path.isdir(entry.path), entry.path) for entry in os.scandir(folder))
+    except OSError:
+        yield folder  # becomes the error record of a folder that cannot be listed
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in parents:  # a symlink to a folder that this one is in
+        return
+    for name, path in entries:
+        if name.startswith("."):
             continue
-        if future is None:
-            break
-        batch.append(future.result())
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        if name.endswith("/"):
+            yield from _walk(path, extensions, (*parents, here))
+        elif os.path.splitext(name)[1].lower() in extensions:
+            yield path
 
 
-# ---------------------------------------------------------------- writers
+# ---------------------------------------------------------------- outputs
+
+
+class OutputFile:
+    """A file of whole records: what a full disk or a power cut left half written is taken back.
+
+    Attributes: ``size``, where its last whole record ends; ``inputs``, the paths that have a record;
+    ``failures``, how many of them are errors.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.size, self.failures = path, 0, 0
+        self.inputs: set[str] = set()
+        self._models: set[str] = set()
+        self._counts: set[int] = set()
+        self._file: BinaryIO | None = None
+
+    def resume(self, writer: type, topk: int) -> None:
+        """Take in the records of an earlier run; raises UsageError at what ``writer`` did not write so."""
+        end = 0
+
+        def lines(file: BinaryIO) -> Iterator[bytes]:
+            nonlocal end
+            for line in file:
+                end += len(line)
+                yield line
+
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            head = file.read(len(writer.head(topk)))
+            foreign = not writer.head(topk).startswith(head.rstrip(b"\0"))
+            file.seek(0)
+            try:
+                for path, model, count in () if foreign else writer.read(lines(file), topk):
+                    self.size = end
+                    self.inputs.add(path)
+                    self._models.add(model)
+                    self.failures += count is None
+                    self._counts |= {count} - {None}
+            except (ValueError, LookupError, TypeError, csv.Error):
+                foreign = bool(file.read(1))  # only the last record may be torn
+            if foreign:
+                raise UsageError(
+                    f"{self.path} 的第 {self.size} 字节之后不是以同样的格式和 -k 写出的记录,不能续写。"
+                    "换一个文件名,或用 --overwrite"
+                )
+
+    def check(self, model: str | None, most: int, least: int) -> None:
+        """Raise UsageError if the records are of another model or have more or fewer predictions."""
+        if model is not None and self._models - {model}:
+            raise UsageError(
+                f"{self.path} 是 {', '.join(self._models)} 的结果,不能用 {model} 续写。换一个文件名,或用 --overwrite"
+            )
+        if not all(least <= count <= most for count in self._counts):
+            raise UsageError(f"{self.path} 是用别的 -k 或 -t 写的,不能续写。换一个文件名,或用 --overwrite")
+
+    def __contains__(self, path: str) -> bool:
+        return _utf8(path).decode() in self.inputs
+
+    def write(self, text: str) -> None:
+        """Append one record; on an OSError the file is as before."""
+        if self._file is None:
+            self._file = open(self.path, "r+b" if self.path.exists() else "xb", buffering=0)
+            self._file.truncate(self.size)
+            self._file.seek(self.size)
+        data = _utf8(text)
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self.size)
+            raise
+        self.size += len(data)
+
+    def flush(self) -> None:
+        """Every record is with the operating system already."""
+
+
+def _utf8(text: str) -> bytes:
+    # A file name that is no text is written as JSON would escape it.
+    return text.encode("utf-8", "backslashreplace")
 
 
 class TextWriter:
     """The block that people read: results to standard output, the name of the image to standard error."""
 
-    def __init__(self, file: TextIO, topk: int):
+    def __init__(self, file: TextIO | OutputFile, topk: int):
         self.file = file
 
     def write(self, result: Result) -> None:
@@ -609,36 +932,75 @@ class TextWriter:
             log.error("%s: %s", printable(result.path), printable(result.error))
             return
         log.info("输入图像: %s", printable(result.path))
-        lines = [f" - {printable(p.label)} (置信度: {p.confidence:.2f})" for p in result.predictions]
-        print("[RESULT] 识别结果:", *(lines or [" (没有达到阈值的标签)"]), sep="\n", file=self.file, flush=True)
+        if result.cached:
+            log.log(CACHE_HIT, "使用缓存结果")
+        lines = [f" - {printable(p.label)} (置信度: {p.confidence:.2f})\n" for p in result.predictions]
+        self.file.write("".join(["[RESULT] 识别结果:\n", *(lines or [" (没有达到阈值的标签)\n"])]))
+        self.file.flush()
 
 
 class JsonlWriter:
     """One JSON object a line."""
 
-    def __init__(self, file: TextIO, topk: int):
+    def __init__(self, file: TextIO | OutputFile, topk: int):
         self.file = file
 
     def write(self, result: Result) -> None:
-        text = json.dumps(result.record(), ensure_ascii=False, allow_nan=False)
-        print(text, file=self.file, flush=True)
+        self.file.write(json.dumps(result.record(), ensure_ascii=False, allow_nan=False) + "\n")
+        self.file.flush()
+
+    @staticmethod
+    def head(topk: int) -> bytes:
+        """What every file begins with."""
+        return b'{"path": "'
+
+    @staticmethod
+    def read(lines: Iterator[bytes], topk: int) -> Iterator[tuple[str, str, int | None]]:
+        """Path, model and number of predictions (None for an error) of each record; raises at what is none."""
+        for line in lines:
+            record = json.loads(line)
+            if not line.endswith(b"\n"):
+                raise ValueError
+            yield _utf8(record["path"]).decode(), record["model"], None if "error" in record else len(record["results"])
 
 
 class CsvWriter:
     """One row an image, for Excel: path, model, label_1, confidence_1, …, error."""
 
-    def __init__(self, file: TextIO, topk: int):
+    def __init__(self, file: TextIO | OutputFile, topk: int):
         self.file, self.topk = file, topk
         self.rows = csv.writer(file, lineterminator="\r\n")
+        if not getattr(file, "size", 0):
+            file.write(self.head(topk).decode())
+
+    @staticmethod
+    def head(topk: int) -> bytes:
+        """The mark without which Excel shows garbage, and the names of the columns."""
         columns = [f"{name}_{rank}" for rank in range(1, topk + 1) for name in ("label", "confidence")]
-        file.write("\ufeff")  # without this mark Excel shows Chinese as garbage
-        self.rows.writerow(["path", "model", *columns, "error"])
+        return _utf8("\ufeff" + ",".join(["path", "model", *columns, "error"]) + "\r\n")
 
     def write(self, result: Result) -> None:
         cells = [cell for p in result.predictions for cell in (p.label, p.confidence)]
         padding = [""] * (2 * self.topk - len(cells))
         self.rows.writerow([result.path, result.model, *cells, *padding, result.error or ""])
         self.file.flush()
+
+    @staticmethod
+    def read(lines: Iterator[bytes], topk: int) -> Iterator[tuple[str, str, int | None]]:
+        """Path, model and number of predictions (None for an error) of each row; raises at what is none."""
+        last = b""
+
+        def texts() -> Iterator[str]:
+            nonlocal last
+            for last in lines:
+                yield last.decode()
+
+        rows = csv.reader(texts(), strict=True)
+        next(rows, None)
+        for row in rows:
+            if len(row) != 2 * topk + 3 or not last.endswith(b"\r\n"):
+                raise ValueError
+            yield row[0], row[1], None if row[-1] else sum(map(bool, row[2:-1:2]))
 
 
 WRITERS = {"text": TextWriter, "jsonl": JsonlWriter, "csv": CsvWriter}
@@ -654,8 +1016,9 @@ def printable(text: str) -> str:
 EPILOG = """\
 示例:
   python infer.py samples/cat.jpg                       识别一张图片
-  python infer.py -m wwts_cn_lite -k 3 a.jpg b.png      指定模型,每张 3 个标签
-  python infer.py -f csv *.jpg > 结果.csv               Excel 可直接打开
+  python infer.py 照片文件夹 -o 结果.csv                  识别整个文件夹,Excel 可直接打开结果
+  python infer.py 照片文件夹 -o 结果.csv --resume         中断后接着做,已有结果的不重做
+  find . -name '*.jpg' | python infer.py - -f jsonl     从标准输入读路径,每行一个
   python infer.py --weights wwts_base x.jpg             使用手工下载的 wwts_cn_base 权重
   python infer.py --repo 文件夹 -m resnet18 x.jpg       任何 ImageNet-1k 的 torch.hub 模型
 
@@ -719,7 +1082,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("输入").add_argument
-    add("inputs", metavar="图片", nargs="+", help="图片文件")
+    add("inputs", metavar="图片", nargs="+", help="图片、文件夹(含子文件夹)、通配符,或 - (从标准输入读路径)")
     add = parser.add_argument_group("模型").add_argument
     add("-m", "--model", metavar="NAME", help=f"模型入口名 [{DEFAULT_MODEL},没有权重时 {FALLBACK_MODEL}]")
     add("--repo", metavar="REPO", help="torch.hub 仓库: 文件夹或 OWNER/NAME[:REF] [infer.py 所在文件夹]")
@@ -729,10 +1092,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--offline", action="store_true", help="不访问网络(同环境变量 WWTS_OFFLINE=1)")
     add("-d", "--device", metavar="DEV", type=_device, default="auto", help="auto、cpu、cuda、cuda:N、mps [auto]")
     add("--dtype", metavar="TYPE", choices=DTYPES, default="auto", help=f"{'、'.join(DTYPES)} [auto: CUDA 用 float16]")
+    add("-b", "--batch-size", metavar="N", type=_at_least(int, 1), help="每批几张 [CUDA 64,否则 8]")
+    add("-j", "--workers", metavar="N", type=_at_least(int, 1), help="解码线程数 [处理器核数]")
     add = parser.add_argument_group("输出").add_argument
     add("-k", "--topk", metavar="N", type=_at_least(int, 1), default=5, help="每张图最多几个标签 [5]")
     add("-t", "--threshold", metavar="P", type=_at_least(float, 0, 1), default=0.0, help="最低置信度 [0]")
-    add("-f", "--format", metavar="FMT", choices=list(WRITERS), default="text", help="text、jsonl、csv [text]")
+    add("-f", "--format", metavar="FMT", choices=list(WRITERS), help="标准输出的格式: text、jsonl、csv [text]")
+    add("-o", "--output", metavar="FILE", help="结果写入这个 .jsonl 或 .csv 文件")
+    add("--resume", action="store_true", help="接着写 -o 的文件,跳过已有记录的图片")
+    add("--overwrite", action="store_true", help="覆盖 -o 的文件")
+    add("--cache", metavar="FILE|redis://…", nargs="?", const="", help="缓存结果,同一图片不再重算 [用户缓存文件夹]")
     add("-q", "--quiet", action="store_true", help="不显示 [INFO] 信息和进度")
     add("--version", action="version", version=_versions(), help="显示版本")
     add("-h", "--help", action="help", help="显示本说明")
@@ -747,35 +1116,131 @@ def _versions() -> str:
     return ", ".join(versions)
 
 
+def open_output(arguments: argparse.Namespace, rank: int | None) -> OutputFile | None:
+    """The file of -o, with what --resume finds in it; rank is put into its name. Raises UsageError."""
+    if arguments.output is None:
+        if arguments.resume or arguments.overwrite:
+            raise UsageError("--resume 和 --overwrite 要与 -o 一起用")
+        return None
+    path = Path(arguments.output)
+    if path.suffix not in (".jsonl", ".csv") or arguments.format:
+        raise UsageError("-o 的文件名应以 .jsonl 或 .csv 结尾,格式由它决定,不要再用 -f")
+    if not path.parent.is_dir():
+        raise UsageError(f"文件夹 {path.parent} 不存在")
+    arguments.format = path.suffix[1:]
+    output = OutputFile(path if rank is None else path.with_suffix(f".rank{rank}{path.suffix}"))
+    if arguments.resume:
+        output.resume(WRITERS[arguments.format], arguments.topk)
+    elif not arguments.overwrite and output.path.exists() and output.path.stat().st_size:
+        raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
+    return output
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Recognise everything that was asked for; return the exit status."""
-    recognizer = Recognizer(
-        arguments.model,
-        repo=arguments.repo,
-        trust_repo=arguments.trust_repo,
-        weights=arguments.weights,
-        labels=arguments.labels,
-        offline=arguments.offline,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        topk=arguments.topk,
-        threshold=arguments.threshold,
+    # torchrun's convention: this is process RANK of WORLD_SIZE, and LOCAL_RANK on its machine.
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    engine = recognizer.load()
-    log.info("加载模型完成,使用设备: %s", engine.device_name)
-    writer = WRITERS[arguments.format](sys.stdout, arguments.topk)
-    failures = 0
-    for result in recognizer.stream(arguments.inputs):
-        writer.write(result)
-        failures += result.error is not None
-    return 1 if failures else 0
+    if world_size > 1 and "-" in arguments.inputs:
+        raise UsageError("用 torchrun 时不能从标准输入读路径,请改用文件夹或通配符")
+    if (mimetypes.guess_type(arguments.cache or "")[0] or "").startswith("image/"):
+        raise UsageError(f"--cache 后面的 {arguments.cache} 会被当作缓存文件;请把 --cache 写在图片后面")
+    output = open_output(arguments, rank if world_size > 1 else None)
+    if arguments.cache == "":
+        arguments.cache = cache_folder() / "results.sqlite"
+    if world_size > 1 and arguments.device in ("auto", "cuda") and import_torch().cuda.is_available():
+        arguments.device = f"cuda:{local_rank}"
+    recognizer = Recognizer(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recognizer)})
+
+    counts: collections.Counter = collections.Counter()
+
+    def images() -> Iterator[str]:
+        return itertools.islice(find_images(arguments.inputs), rank, None, world_size)
+
+    def remaining() -> Iterator[str]:
+        for path in images():
+            counts["found"] += 1
+            if output is None or path not in output:
+                yield path
+
+    todo = remaining()
+    first = next(todo, None)
+    if not counts["found"] and not rank:
+        raise UsageError("没有找到图片")
+    if output is not None:
+        output.check(arguments.model, arguments.topk, 0)
+    signals: list[int] = []
+    start = time.monotonic()
+    if first is not None:
+        model = recognizer.identify()
+        if output is not None:
+            most = min(arguments.topk, model["num_classes"])
+            output.check(model["name"], most, 0 if arguments.threshold else most)
+        writer = WRITERS[arguments.format or "text"](sys.stdout if output is None else output, arguments.topk)
+        start = time.monotonic()
+        bar = _progress_bar(output, lambda: None if "-" in arguments.inputs else sum(1 for _ in images()))
+        stream = contextlib.closing(recognizer.stream(itertools.chain([first], todo)))
+        with bar as advance, _interruptible(recognizer.stop, signals), stream as results:
+            for result in results:
+                writer.write(result)
+                counts.update(done=1, failed=result.error is not None, cached=result.cached)
+                advance(counts["failed"])
+    if counts["found"] > 1 or output is not None:
+        log.info(
+            "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张,%.1f 张/秒",
+            "中断" if signals else "完成",
+            *(counts["done"], counts["failed"], counts["cached"], 0 if output is None else len(output.inputs)),
+            counts["done"] / max(time.monotonic() - start, 1e-3),
+        )
+    if signals:
+        log.warning("已中断。%s", f"加上 --resume 再运行,会接着写 {output.path}" if output else "再运行会从头开始")
+        return 128 + signals[0]
+    return 1 if counts["failed"] or (output is not None and output.failures) else 0
 
 
-class _StderrHandler(logging.StreamHandler):
-    """[INFO], [WARN] and [ERROR] lines on standard error."""
+@contextlib.contextmanager
+def _interruptible(stop: Callable, signals: list[int]) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM call stop and be noted, instead of ending the process in the midst of a batch."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        signals.append(number)
+        stop()
+        signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _progress_bar(output: OutputFile | None, count: Callable[[], int | None]) -> Iterator[Callable[[int], None]]:
+    """Give a function that moves the bar on by an image; there is one on a terminal that shows no results."""
+    if not sys.stderr.isatty() or not log.isEnabledFor(logging.INFO) or (output is None and sys.stdout.isatty()):
+        yield lambda failures: None
+        return
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    total, initial = count(), 0 if output is None else len(output.inputs)
+    with logging_redirect_tqdm([log]), tqdm(total=total, initial=initial, unit="张", dynamic_ncols=True) as bar:
+
+        def advance(failures: int) -> None:
+            bar.set_postfix_str(f"失败 {failures}", refresh=False)
+            bar.update()
+
+        yield advance
+
+
+class _Formatter(logging.Formatter):
+    """[INFO], [WARN], [ERROR] and [CACHE HIT] lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"[{'WARN' if record.levelname == 'WARNING' else record.levelname}] {record.getMessage()}"
+        level = {logging.WARNING: "WARN", CACHE_HIT: "CACHE HIT"}.get(record.levelno, record.levelname)
+        return f"[{level}] {record.getMessage()}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -783,7 +1248,8 @@ def main(argv: list[str] | None = None) -> int:
     # Chinese must come out whatever the locale; a file name that is not UTF-8 must not stop the run.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    handler = _StderrHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
@@ -792,7 +1258,7 @@ def main(argv: list[str] | None = None) -> int:
             log.setLevel(logging.WARNING)
         if arguments.quiet or not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
-        if arguments.format != "text":
+        if arguments.format not in (None, "text"):  # machines read UTF-8, whatever the terminal
             sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", newline="")
         return run(arguments)
     except ModelError as error:
@@ -805,6 +1271,9 @@ def main(argv: list[str] | None = None) -> int:
         # The reader has seen enough. Python's own flush at exit must not complain; 141 is 128 + SIGPIPE.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        log.error("结果写不进去: %s。已写的都完好,解决后加 --resume 接着做", _one_line(error))
+        return 3
     finally:
         log.removeHandler(handler)
 

@@ -40,11 +40,11 @@ def test_text_is_the_block_of_the_article(infer):
     )
 
 
-def test_jsonl_and_csv_say_the_same_and_name_the_model(infer, tmp_path):
+def test_jsonl_and_csv_say_the_same_and_name_the_model(infer_here, tmp_path):
     (tmp_path / "坏.jpg").write_bytes(b"no image")
     inputs = [*SAMPLES, tmp_path / "坏.jpg"]
-    first = infer(*LITE, *inputs, "-f", "jsonl", "-k", "2")
-    second = infer(*LITE, *inputs, "-f", "csv", "-k", "2")
+    first = infer_here(*LITE, *inputs, "-f", "jsonl", "-k", "2")
+    second = infer_here(*LITE, *inputs, "-f", "csv", "-k", "2")
     assert first.returncode == second.returncode == 1
     lines = records(first)
     assert [line["path"] for line in lines] == [str(path) for path in inputs]
@@ -64,23 +64,23 @@ def test_jsonl_and_csv_say_the_same_and_name_the_model(infer, tmp_path):
     assert rows[4]["label_1"] == rows[4]["confidence_2"] == ""
 
 
-def test_confidences_have_full_precision_and_sum_to_one(infer):
-    result = infer(*LITE, COFFEE, "-f", "jsonl", "-k", "2000")
+def test_confidences_have_full_precision_and_sum_to_one(infer_here):
+    result = infer_here(*LITE, COFFEE, "-f", "jsonl", "-k", "2000")
     confidences = [prediction["confidence"] for prediction in records(result)[0]["results"]]
     assert len(confidences) == 1000 and confidences == sorted(confidences, reverse=True)
     assert sum(confidences) == pytest.approx(1, abs=1e-5)
     assert any(round(value, 6) != value for value in confidences)
 
 
-def test_threshold(infer):
-    result = infer(*LITE, CAT, COFFEE, "-t", "0.5", "-f", "jsonl")
+def test_threshold(infer_here):
+    result = infer_here(*LITE, CAT, COFFEE, "-t", "0.5", "-f", "jsonl")
     assert [[p["label"] for p in line["results"]] for line in records(result)] == [["埃及猫"], ["浓缩咖啡"]]
-    result = infer(*LITE, CAT, "-t", "0.9")
+    result = infer_here(*LITE, CAT, "-t", "0.9")
     assert result.returncode == 0 and result.stdout == "[RESULT] 识别结果:\n (没有达到阈值的标签)\n"
 
 
-def test_quiet_leaves_results_alone(infer):
-    result = infer(*LITE, CAT, "-q", "-k", "1")
+def test_quiet_leaves_results_alone(infer_here):
+    result = infer_here(*LITE, CAT, "-q", "-k", "1")
     assert result.stderr == "" and result.stdout == "[RESULT] 识别结果:\n - 埃及猫 (置信度: 0.58)\n"
 
 
@@ -113,8 +113,8 @@ def test_a_named_model_is_never_replaced(infer):
     assert result.stderr.count("\n") == 1 and "[ERROR]" in result.stderr and "离线" in result.stderr
 
 
-def test_named_weights_are_never_replaced(infer, tmp_path):
-    result = infer("--weights", tmp_path / "nothing", CAT)
+def test_named_weights_are_never_replaced(infer_here, tmp_path):
+    result = infer_here("--weights", tmp_path / "nothing", CAT)
     assert result.returncode == 3 and result.stdout == "" and "找不到权重文件" in result.stderr
 
 
@@ -136,16 +136,16 @@ def test_base_from_a_folder_a_file_and_the_cache(infer, base_folder, tmp_path, h
     assert lines[0]["results"] != lines[1]["results"]
 
 
-def test_an_unknown_model_lists_the_entry_points_and_the_nearest(infer):
-    result = infer("-m", "wwts_cn_light", CAT)
+def test_an_unknown_model_lists_the_entry_points_and_the_nearest(infer_here):
+    result = infer_here("-m", "wwts_cn_light", CAT)
     assert result.returncode == 3 and result.stderr.count("\n") == 1
     assert "wwts_cn_base, wwts_cn_lite" in result.stderr and "最接近的是 wwts_cn_lite" in result.stderr
 
 
-def test_any_hub_repository(infer, hub_repository):
+def test_any_hub_repository(infer_here, hub_repository):
     """Pretrained weights are asked for in either convention, and labels and preprocessing are the classic ones."""
     for model, index in (("resnet18", 285), ("resnet50", 7)):
-        result = infer("--repo", hub_repository, "-m", model, CAT, "-f", "jsonl", "-k", "1")
+        result = infer_here("--repo", hub_repository, "-m", model, CAT, "-f", "jsonl", "-k", "1")
         assert result.returncode == 0, result.stderr
         (line,) = records(result)
         assert line["model"] == model and line["results"][0]["index"] == index
@@ -174,19 +174,19 @@ def test_what_a_foreign_repository_can_do_wrong(infer, hub_repository, tmp_path)
         assert "Traceback" not in result.stderr
 
 
-def test_not_a_number_is_an_error_record(infer, hub_repository):
-    result = infer("--repo", hub_repository, "-m", "not_a_number", CAT, "-f", "jsonl")
+def test_not_a_number_is_an_error_record(infer_here, hub_repository):
+    result = infer_here("--repo", hub_repository, "-m", "not_a_number", CAT, "-f", "jsonl")
     assert result.returncode == 1 and "NaN" in records(result)[0]["error"]
 
 
-def test_repositories_that_are_not_there_or_not_trusted(infer, tmp_path):
-    result = infer("--repo", tmp_path / "nothing here", "-m", "x", CAT)
+def test_repositories_that_are_not_there_or_not_trusted(infer_here, tmp_path):
+    result = infer_here("--repo", tmp_path / "nothing here", "-m", "x", CAT)
     assert result.returncode == 3 and "找不到文件夹" in result.stderr
-    result = infer("--repo", tmp_path, "-m", "x", CAT)
+    result = infer_here("--repo", tmp_path, "-m", "x", CAT)
     assert result.returncode == 3 and "没有 hubconf.py" in result.stderr
-    result = infer("--repo", "somebody/something", "-m", "x", CAT)
+    result = infer_here("--repo", "somebody/something", "-m", "x", CAT)
     assert result.returncode == 2 and "--trust-repo" in result.stderr
-    result = infer("--repo", "somebody/something:v1", "--trust-repo", "-m", "x", CAT)
+    result = infer_here("--repo", "somebody/something:v1", "--trust-repo", "-m", "x", CAT)
     assert result.returncode == 3 and "离线" in result.stderr
 
 
@@ -198,22 +198,22 @@ def test_torch_hubs_copy_of_a_remote_repository_works_offline(infer, hub_reposit
     assert result.returncode == 0 and records(result)[0]["results"][0]["index"] == 285
 
 
-def test_labels_option(infer, tmp_path):
+def test_labels_option(infer_here, tmp_path):
     path = tmp_path / "名称.txt"
     path.write_text("".join(f"第{index}类\n" for index in range(1000)), encoding="utf-8")
-    result = infer(*LITE, "--labels", path, CAT, "-f", "jsonl", "-k", "1")
+    result = infer_here(*LITE, "--labels", path, CAT, "-f", "jsonl", "-k", "1")
     assert records(result)[0]["results"][0]["label"] == "第285类"
     path.write_text("一\n二\n", encoding="utf-8")
-    result = infer(*LITE, "--labels", path, CAT)
+    result = infer_here(*LITE, "--labels", path, CAT)
     assert result.returncode == 3 and "2 个" in result.stderr and "1000 个" in result.stderr
 
 
-def test_spoiled_weights_give_no_result(infer, base_folder, tmp_path):
+def test_spoiled_weights_give_no_result(infer_here, base_folder, tmp_path):
     state = torch.load(base_folder / "pytorch_model.pt", weights_only=True, mmap=True)
     state["state_dict"].pop("module.layer3.7.conv2.fc1.bias")
     torch.save(state, tmp_path / "pytorch_model.pt")
     shutil.copy(base_folder / "meta_info.txt", tmp_path)
-    result = infer("--weights", tmp_path, CAT)
+    result = infer_here("--weights", tmp_path, CAT)
     assert result.returncode == 3 and result.stdout == ""
     assert "缺少参数 layer3.7.conv2.fc1.bias" in result.stderr and result.stderr.count("\n") == 1
 
@@ -257,8 +257,8 @@ def test_cuda_that_is_not_there(infer):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_on_the_cpu_gives_the_same_answer(infer, dtype):
-    result = infer(*LITE, "-d", "cpu", "--dtype", dtype, CAT, "-f", "jsonl")
+def test_half_precision_on_the_cpu_gives_the_same_answer(infer_here, dtype):
+    result = infer_here(*LITE, "-d", "cpu", "--dtype", dtype, CAT, "-f", "jsonl")
     best = records(result)[0]["results"][0]
     assert best["index"] == 285 and best["confidence"] == pytest.approx(0.579, abs=0.05)
 
@@ -313,7 +313,7 @@ def test_odd_file_names(infer, tmp_path):
     assert [line["path"] for line in records(result)] == paths
     result = infer(*LITE, *paths, "-k", "1")
     assert result.returncode == 0 and "\x1b" not in result.stderr + result.stdout
-    assert result.stderr.count("\n") == 1 + len(paths)
+    assert result.stderr.count("\n") == 1 + len(paths) + 1  # loaded, each image, the summary
     result = infer(*LITE, "--", "-dash.jpg", cwd=tmp_path)
     assert result.returncode == 0
 
@@ -352,8 +352,8 @@ def test_a_closed_pipe_is_silent():
         (("x.jpg", "-m"), "后面缺少一个值"),
     ],
 )
-def test_wrong_usage_is_one_line_and_status_two(infer, arguments, message):
-    result = infer(*arguments)
+def test_wrong_usage_is_one_line_and_status_two(infer_here, arguments, message):
+    result = infer_here(*arguments)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("[ERROR] ") and result.stderr.count("\n") == 1
     assert message in result.stderr
@@ -363,13 +363,13 @@ def test_broken_files_are_records_and_the_rest_is_done(infer, tmp_path):
     (tmp_path / "half.jpg").write_bytes(CAT.read_bytes()[:9000])
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "empty.png").touch()
-    broken = [tmp_path / "half.jpg", tmp_path / "fifo.jpg", tmp_path / "missing.jpg", tmp_path, tmp_path / "empty.png"]
-    inputs = [path for pair in zip(broken, [*SAMPLES, CAT], strict=True) for path in pair]
+    broken = [tmp_path / name for name in ("half.jpg", "fifo.jpg", "missing.jpg", "empty.png", "no.txt")]
+    inputs = [path for pair in zip(broken, [*SAMPLES, ROOT / "README.md"], strict=True) for path in pair]
     result = infer(*LITE, *inputs, "-f", "jsonl")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     lines = records(result)
     assert [line["path"] for line in lines] == list(map(str, inputs))
-    assert ["error" in line for line in lines] == [True, False] * 5
+    assert ["error" in line for line in lines] == [True, False] * 4 + [True, True]
     result = infer(*LITE, *broken[:2])
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("[ERROR]") == 2
 
