@@ -134,25 +134,19 @@ def _with_spec(model, weights_sha256, files, **spec):
 # ---------------------------------------------------------------- finding and reading weights
 
 
-def _base_folders():
-    """Where ModelScope's clients, new and old, keep the model; nothing but the file system is asked."""
+def _find_base():
+    """The folder where one of ModelScope's clients, new or old, keeps both files, or None; asks no network."""
     cache = pathlib.Path(os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope"))
     name = _BASE_ID.split("/")[1]
     layouts = ("models/{0}--{1}/snapshots/master", "models/{0}/{1}", "hub/models/{0}/{1}", "hub/{0}/{1}", "{0}/{1}")
-    return [cache / layout.format(owner, name) for layout in layouts for owner in _BASE_OWNERS]
-
-
-def _find_base():
-    """The first folder that holds both files, or None."""
-    return next((folder for folder in _base_folders() if all((folder / file).is_file() for file in _BASE_FILES)), None)
+    folders = [cache / layout.format(owner, name) for layout in layouts for owner in _BASE_OWNERS]
+    return next((folder for folder in folders if all((folder / file).is_file() for file in _BASE_FILES)), None)
 
 
 def _download_base(offline):
     """Download into ModelScope's cache, whose client resumes and checks sizes and hashes; return the folder."""
     if offline:
-        error = FileNotFoundError(f"本机没有 wwts_cn_base 的权重,且处于离线模式。{_GET_BASE}")
-        error.searched = [str(folder / _BASE_FILES[0]) for folder in _base_folders()]
-        raise error
+        raise FileNotFoundError(f"本机没有 wwts_cn_base 的权重,且处于离线模式。{_GET_BASE}")
     try:
         from modelscope_hub import HubApi, get_default_config
     except ImportError as error:
@@ -281,12 +275,11 @@ class _SplitAttention(nn.Module):
         self.fc2 = nn.Conv2d(attention, 2 * channels, 1)
 
     def forward(self, x):
-        first, second = F.relu(self.bn0(self.conv(x))).chunk(2, dim=1)
-        pooled = (first + second).mean((2, 3), keepdim=True)
-        scores = self.fc2(F.relu(self.bn1(self.fc1(pooled))))
-        # A softmax over two values.
-        share = torch.sigmoid(torch.sub(*scores.chunk(2, dim=1)))
-        return first * share + second * (1 - share)
+        splits = F.relu(self.bn0(self.conv(x))).chunk(2, dim=1)
+        pooled = (splits[0] + splits[1]).mean((2, 3), keepdim=True)
+        scores = self.fc2(F.relu(self.bn1(self.fc1(pooled)))).chunk(2, dim=1)
+        share = torch.sigmoid(scores[0] - scores[1])  # a softmax over two values
+        return splits[0] * share + splits[1] * (1 - share)
 
 
 class _Bottleneck(nn.Module):
@@ -355,7 +348,7 @@ class _SameConv2d(nn.Conv2d):
 
     def forward(self, x):
         kernel, stride = self.kernel_size[0], self.stride[0]
-        height, width = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:])
+        height, width = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in map(int, x.shape[2:]))
         if height or width:
             x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
         return super().forward(x)

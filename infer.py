@@ -18,29 +18,28 @@ import argparse
 import collections
 import contextlib
 import csv
+import ctypes
 import dataclasses
-import difflib
 import functools
 import glob
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import io
 import itertools
 import json
 import logging
-import mimetypes
 import os
 import queue
 import re
 import signal
-import sqlite3
 import stat
+import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,6 +65,14 @@ CLASSIC_SPEC = {
     "std": [0.229, 0.224, 0.225],
 }
 
+USE_FALLBACK = f"本次改用 {FALLBACK_MODEL}(1,000 类)"
+NO_BASE = (
+    f"本机没有 {DEFAULT_MODEL} 的权重,且处于离线模式。获取方法: 在能联网的机器上运行 modelscope-hub download "
+    f"iic/cv_resnest101_general_recognition --local-dir wwts_base,再用 --weights wwts_base 指定。{USE_FALLBACK}"
+)
+INSTALL_ONNXRUNTIME = "已导出 ONNX,但没有 onnxruntime;要用它加速请运行: pip install onnxruntime"
+COMMON_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+ENGINES = ("auto", "torch", "onnx")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 log = logging.getLogger("wwts")
@@ -134,11 +141,19 @@ def decode_image(file: BinaryIO) -> Image.Image:
     """
     from PIL import Image, ImageOps
 
-    # Pillow only warns between once and twice its limit; phones take such photos.
+    _accept_large_photos()
+    image = Image.open(file)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
+
+
+@functools.cache
+def _accept_large_photos() -> None:
+    """Between once and twice its limit Pillow only warns; phones take such photos."""
+    from PIL import Image
+
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    with Image.open(file) as image:
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -158,7 +173,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image = image.convert(image.mode.upper())
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def preprocess(image: Image.Image, spec: dict[str, Any]) -> numpy.ndarray:
@@ -178,11 +193,14 @@ def preprocess(image: Image.Image, spec: dict[str, Any]) -> numpy.ndarray:
         left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
         image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
         width, height = image.size
+    interpolation = Image.Resampling[spec["interpolation"].upper()]
     short = min(width, height)
-    width, height = (resize if side == short else int(resize * side / short) for side in (width, height))
-    image = image.resize((width, height), Image.Resampling[spec["interpolation"].upper()])
-    left, top = round((width - crop) / 2), round((height - crop) / 2)
-    return numpy.asarray(image.crop((left, top, left + crop, top + crop)))
+    new_width, new_height = (resize if side == short else int(resize * side / short) for side in (width, height))
+    left, top = round((new_width - crop) / 2), round((new_height - crop) / 2)
+    # Pillow resizes across and then down; what is cropped off at the sides need not be resized down.
+    image = image.resize((new_width, height), interpolation).crop((left, 0, left + crop, height))
+    image = image.resize((crop, new_height), interpolation).crop((0, top, crop, top + crop))
+    return numpy.asarray(image)
 
 
 def describe_image_error(error: Exception) -> str:
@@ -266,6 +284,8 @@ def load_hub_model(
                 module_spec.loader.exec_module(module)
                 entries = [entry for entry in dir(module) if callable(getattr(module, entry)) and entry[0] != "_"]
                 if name not in entries:
+                    import difflib
+
                     nearest = difflib.get_close_matches(name, entries, 1, cutoff=0)
                     raise ModelError(
                         f"没有名为 {name} 的模型。{folder} 提供: {', '.join(entries)}"
@@ -337,6 +357,19 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _settle_labels(spec: dict[str, Any], labels: list[str] | None) -> None:
+    """Give the spec the labels asked for, its own, or ImageNet's; raises ModelError where they do not fit."""
+    num_classes = spec["num_classes"]
+    if labels is not None:
+        spec |= {"labels": labels, "fingerprint": _digest(spec.get("fingerprint"), labels)}
+    elif "labels" not in spec:
+        if num_classes != 1000:
+            raise ModelError(f"模型有 {num_classes} 个输出,但没有自带标签,请用 --labels 指定标签文件")
+        spec["labels"] = read_labels(HERE / "labels_zh.json")
+    if len(spec["labels"]) != num_classes:
+        raise ModelError(f"标签有 {len(spec['labels'])} 个,而模型有 {num_classes} 个输出,两者必须相等")
+
+
 def choose_device(name: str) -> torch.device:
     """Turn auto, cpu, cuda, cuda:N or mps into a device that exists here, or raise ModelError."""
     import torch
@@ -385,9 +418,8 @@ class TorchEngine:
             raise ModelError(f"模型 {name} 的 spec 有误: crop {self.spec['crop']} 大于 resize {self.spec['resize']}")
         if "num_classes" not in self.spec:
             self.spec["num_classes"] = self._count_classes()
-        self.spec["labels"] = self._labels(labels)
-        if labels is not None:
-            self.spec["fingerprint"] = _digest(self.spec.get("fingerprint"), labels)
+        _settle_labels(self.spec, labels)
+        self._folded = False
         self._mean, self._std = (
             torch.tensor(self.spec[key], device=self.device).view(1, 3, 1, 1) for key in ("mean", "std")
         )
@@ -396,7 +428,10 @@ class TorchEngine:
         """Turn N×H×W×3 uint8 into N×3×H×W float32 on the device: torchvision's ToTensor and Normalize."""
         import torch
 
-        pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(batch)
+        if self.device.type == "cuda":  # only pinned memory is copied while the host goes on
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        pixels = pixels.to(self.device).permute(0, 3, 1, 2)
         return pixels.float().div_(255).sub_(self._mean).div_(self._std)
 
     def classify(self, batch: list[numpy.ndarray], topk: int) -> list[list[tuple[int, float]]]:
@@ -408,6 +443,9 @@ class TorchEngine:
         import torch
 
         with torch.inference_mode(), self._out_of_memory():
+            if len(batch) > 1 and not self._folded:  # takes longer than it saves on a single image
+                self._folded = True
+                fold_batch_norm(self.model)
             logits = self._forward(self.normalize(numpy.stack(batch)))
             confidences = logits.float().softmax(1)
             top = confidences.topk(min(topk, confidences.shape[1]))
@@ -430,18 +468,6 @@ class TorchEngine:
         with torch.inference_mode(), self._out_of_memory():
             return self._forward(torch.zeros(1, 3, self.spec["crop"], self.spec["crop"], device=self.device)).shape[1]
 
-    def _labels(self, labels: list[str] | None) -> list[str]:
-        num_classes = self.spec["num_classes"]
-        if labels is None:
-            labels = self.spec.get("labels")
-        if labels is None and num_classes == 1000:
-            labels = read_labels(HERE / "labels_zh.json")
-        if labels is None:
-            raise ModelError(f"模型有 {num_classes} 个输出,但没有自带标签,请用 --labels 指定标签文件")
-        if len(labels) != num_classes:
-            raise ModelError(f"标签有 {len(labels)} 个,而模型有 {num_classes} 个输出,两者必须相等")
-        return labels
-
     @contextlib.contextmanager
     def _out_of_memory(self) -> Iterator[None]:
         import torch
@@ -454,6 +480,179 @@ class TorchEngine:
             ) from error
 
 
+def fold_batch_norm(model: torch.nn.Module) -> None:
+    """Fold, in place, each batch-norm that alone takes a convolution's output into that convolution.
+
+    A model that torch.fx cannot trace stays as it is.
+    """
+    from torch import fx, nn
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, nn.Conv2d) or super().is_leaf_module(module, name)
+
+    try:
+        nodes = Tracer().trace(model).nodes
+    except Exception as error:  # control flow that depends on data, and much else in other people's models
+        log.debug("batch-norm stays unfolded: %s", error)
+        return
+    modules = dict(model.named_modules())
+    for node in nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        source = node.args[0]
+        if source.op == "call_module" and isinstance(modules[source.target], nn.Conv2d) and len(source.users) == 1:
+            folded = fuse_conv_bn_eval(modules[source.target], modules[node.target])
+            model.set_submodule(source.target, folded)
+            model.set_submodule(node.target, nn.Identity())
+
+
+# ---------------------------------------------------------------- ONNX Runtime
+
+
+class OnnxEngine:
+    """A graph that --export wrote, run by ONNX Runtime on the CPU; neither torch nor torchvision is imported.
+
+    Attributes: ``spec`` (see hubconf.py) and ``device_name`` for people.
+    """
+
+    device_name = "cpu (ONNX Runtime)"
+
+    def __init__(self, path: str | os.PathLike, labels: list[str] | None):
+        if not os.path.isfile(path):
+            raise ModelError(f"找不到 ONNX 文件 {path}")
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ModelError("运行 ONNX 模型需要 onnxruntime,请运行: pip install onnxruntime") from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is said below, in one line
+        try:
+            self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
+            text = self._session.get_modelmeta().custom_metadata_map.get("wwts_spec")
+        except Exception as error:  # onnxruntime's exceptions have no common ancestor of their own
+            raise ModelError(f"ONNX 文件 {path} 无法读取: {_one_line(error)}。请重新导出") from error
+        if text is None:
+            raise ModelError(f"ONNX 文件 {path} 里没有预处理方法和标签,它不是 infer.py --export 导出的")
+        self.spec = json.loads(text)
+        _settle_labels(self.spec, labels)
+
+    def classify(self, batch: list[numpy.ndarray], topk: int) -> list[list[tuple[int, float]]]:
+        """As TorchEngine.classify."""
+        import numpy
+
+        try:
+            (confidences,) = self._session.run(None, {"pixels": numpy.stack(batch)})
+        except Exception as error:  # as above
+            raise ModelError(f"ONNX Runtime 无法运行这个模型: {_one_line(error)}。请重新导出") from error
+        answers = []
+        for row in confidences:
+            top = numpy.argpartition(-row, min(topk, len(row) - 1))[:topk]
+            top = top[numpy.argsort(-row[top], kind="stable")]
+            answers.append(list(zip(top.tolist(), row[top].tolist(), strict=True)) if numpy.isfinite(row).all() else [])
+        return answers
+
+
+def export_graph(engine: TorchEngine, path: Path, photos: list[str]) -> float:
+    """Write the engine's model as one ONNX file: N×crop×crop×3 uint8 in, N×classes confidences out.
+
+    The file appears under its name only after it was checked against the engine on the photos; returns the
+    largest difference in confidence. Raises ModelError if a package is missing, the graph would be beyond
+    protobuf's 2 GB, or the two do not agree.
+    """
+    import torch
+    from torch import nn
+
+    try:
+        import onnxscript  # noqa: F401  (torch.onnx asks for it too late and at length)
+        from onnx import helper
+    except ImportError as error:
+        raise ModelError("导出需要 onnx 和 onnxscript,请运行: pip install onnx onnxscript onnxruntime") from error
+    spec = engine.spec
+    size = sum(value.numel() * value.element_size() for value in engine.model.state_dict().values())
+    if size > 2**31 - 2**26:
+        raise ModelError(f"模型有 {size / 2**30:.1f} GiB,超过单个 ONNX 文件的 2 GiB 上限,不能导出")
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = engine.model
+            for name in ("mean", "std"):
+                self.register_buffer(f"pixel_{name}", torch.tensor(spec[name]).view(1, 3, 1, 1))
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            inputs = pixels.permute(0, 3, 1, 2).float().div(255).sub(self.pixel_mean).div(self.pixel_std)
+            return self.model(inputs).softmax(1)
+
+    expected = [engine.classify([pixels], spec["num_classes"])[0] for pixels in _read_pixels(photos, spec)]
+    fold_batch_norm(engine.model)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            Graph().eval(),
+            (torch.zeros(2, spec["crop"], spec["crop"], 3, dtype=torch.uint8),),
+            input_names=["pixels"],
+            output_names=["confidences"],
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            dynamo=True,
+            verbose=False,
+        )
+    proto = program.model_proto
+    kept = {key: value for key, value in spec.items() if key != "files"}
+    helper.set_model_props(proto, {"wwts_spec": json.dumps(kept, ensure_ascii=False)})
+    with _replacing(path) as partial:
+        partial.write_bytes(proto.SerializeToString())
+        graph = OnnxEngine(partial, None)
+        largest = 0.0
+        for pixels, wanted in zip(_read_pixels(photos, spec), expected, strict=True):
+            # Beside copies of itself, so that a batch of a size unlike the example's is tried too.
+            given = graph.classify([pixels] * 3, spec["num_classes"])[1]
+            confidences = dict(given)
+            largest = max([largest, *(abs(value - confidences[index]) for index, value in wanted)])
+            if largest > 1e-3 or given[0][0] != wanted[0][0]:
+                raise ModelError(f"导出的 ONNX 与 torch 的结果不一致(置信度相差 {largest:.2g}),未保存")
+    return largest
+
+
+def _read_pixels(photos: list[str], spec: dict[str, Any]) -> Iterator[numpy.ndarray]:
+    for photo in photos:
+        with open_image(photo) as file:
+            yield preprocess(decode_image(file), spec)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under that becomes path when all went well and vanishes when not."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise ModelError(f"{path} 写不进去: {_one_line(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the NVIDIA driver has a GPU for this process, without asking torch."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        return False
+
+
+def base_weights_here() -> bool:
+    """Whether hubconf.py would find wwts_cn_base in ModelScope's cache: the same places, without importing torch."""
+    cache = Path(os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope"))
+    name = "cv_resnest101_general_recognition"
+    layouts = ("models/{}--{}/snapshots/master", "models/{}/{}", "hub/models/{}/{}", "hub/{}/{}", "{}/{}")
+    folders = [cache / layout.format(owner, name) for layout in layouts for owner in ("iic", "damo")]
+    return any(all((f / file).is_file() for file in ("pytorch_model.pt", "meta_info.txt")) for f in folders)
+
+
 # ---------------------------------------------------------------- cache of results
 
 
@@ -461,6 +660,8 @@ class _SqliteStore:
     """What of redis.Redis the cache uses, in a file that any number of processes share."""
 
     def __init__(self, path: str):
+        import sqlite3
+
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         # A write-ahead log lets some read while one writes; what a power cut loses can be had again.
@@ -481,6 +682,8 @@ class Cache:
 
     def __init__(self, location: str):
         self._location, self._lock, self._broken, self._store = location, threading.Lock(), False, None
+        import sqlite3
+
         self._errors: tuple = (sqlite3.Error, OSError, ValueError)
         self._open: Callable = functools.partial(_SqliteStore, location)
         if location.startswith(("redis://", "rediss://", "unix://")):
@@ -555,8 +758,8 @@ class Recognizer:
     Raises ModelError, when first used, if the model, its weights or labels, or the device are unusable.
     """
 
-    # Entry point of the hub repository; None: wwts_cn_base, or wwts_cn_lite with a warning where base's
-    # weights are not to be had.
+    # Entry point of the hub repository, or an .onnx file; None: wwts_cn_base, or wwts_cn_lite with a
+    # warning where base's weights are not to be had.
     model: str | None = None
     _: dataclasses.KW_ONLY
     repo: str | None = None  # torch.hub repository, a folder or OWNER/NAME[:REF]; None: the folder of this file
@@ -571,6 +774,7 @@ class Recognizer:
     batch_size: int | None = None  # images per forward pass; None: 64 on CUDA, else 8
     workers: int | None = None  # decoding threads; None: one per core, 16 at most
     cache: str | os.PathLike | None = None  # file or redis:// URL that keeps results by content of image and model
+    engine: str = "auto"  # onnx: the graph that --export keeps; torch; auto: that graph where there is no NVIDIA GPU
 
     def __post_init__(self) -> None:
         self.weights, self.labels, self.cache = (
@@ -578,73 +782,141 @@ class Recognizer:
         )
         self.offline = self.offline or os.environ.get("WWTS_OFFLINE", "0") not in ("", "0")
         self.workers = self.workers or min(os.cpu_count() or 1, 16)
-        self._engine: TorchEngine | None = None
+        self._name: str | None = None
+        self._engine: TorchEngine | OnnxEngine | None = None
         self._identity: dict[str, Any] | None = None
         self._cache: Cache | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._failed: ModelError | None = None
         self._stopped = False
 
     def __reduce__(self) -> tuple:
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return functools.partial(Recognizer, **arguments), ()
 
-    def load(self) -> TorchEngine:
-        """Load model and labels unless that is done, and return the engine."""
-        with self._lock:
-            if self._engine is None:
-                labels = None if self.labels is None else read_labels(self.labels)
-                import_torch()
-                name, model, warning, searched = self._load_model()
-                if self.cache and "fingerprint" not in getattr(model, "spec", {}):
-                    model.spec = {**getattr(model, "spec", {}), "fingerprint": fingerprint(model)}
-                engine = TorchEngine(model, name, labels, self.device, self.dtype)
-                log.info("加载模型完成,使用设备: %s", engine.device_name)
-                self.batch_size = self.batch_size or (64 if engine.device.type == "cuda" else 8)
-                self._engine, self._identity = engine, self._remember(engine.spec, warning, searched)
-        return self._engine
+    # Which model, and by which engine
 
-    def _load_model(self) -> tuple[str, torch.nn.Module, str | None, list[str] | None]:
-        """Name and model; if it is the second choice, a warning and where the first was looked for, if only there."""
-        source = (self.repo, self.trust_repo, self.weights, self.offline)
-        name = self.model or DEFAULT_MODEL
-        try:
-            return name, load_hub_model(name, *source), None, []
-        except (FileNotFoundError, ConnectionError) as error:
-            if self.model is not None or self.weights is not None:
-                raise ModelError(_one_line(error)) from error
-            warning = f"{error}。本次改用 {FALLBACK_MODEL}(1,000 类)"
-            searched = getattr(error, "searched", None)
-        log.warning(warning)
-        try:
-            return FALLBACK_MODEL, load_hub_model(FALLBACK_MODEL, *source), warning, searched
-        except FileNotFoundError as error:
-            raise ModelError(_one_line(error)) from error
+    def choose(self) -> str | None:
+        """The model's name as far as the file system tells; None if the network is to be asked for base."""
+        if self._name is None:
+            if self.model or self.repo or self.weights or base_weights_here():
+                self._name = self.model or DEFAULT_MODEL
+            elif self.offline:
+                log.warning(NO_BASE)
+                self._name = FALLBACK_MODEL
+        return self._name
 
     def identify(self) -> dict[str, Any]:
         """Name, num_classes and fingerprint of the model: from the cache if no file changed, else by loading it."""
-        if self._identity is None and self.cache:
-            self._cache = self._cache or Cache(self.cache)
-            known = self._cache.get(self._request())
-            if known and _file_states(state[0] for state in known["files"]) == known["files"]:
-                self._identity = known
-                if known["warning"]:
-                    log.warning(known["warning"])
-        if self._identity is None:
-            self.load()
-        return self._identity
+        with self._lock:
+            if self._identity is None and self.cache:
+                self._cache = self._cache or Cache(self.cache)
+                known = self.choose() and self._cache.get(f"model:{self._digest()}")
+                if known and _file_states(state[0] for state in known["files"]) == known["files"]:
+                    self._identity = known
+            if self._identity is None:
+                self.load()
+            return self._identity
 
-    def _request(self) -> str:
-        """What decides, beside the content of files, which model this recognizer loads."""
-        places = [os.environ.get(name) for name in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE")]
+    def _digest(self) -> str:
+        """What decides, beside the content of files, what the chosen model is."""
         paths = [path and os.path.abspath(path) for path in (self.repo, self.weights, self.labels)]
-        return _digest("model", str(HERE), self.model, self.offline, *paths, *places)
+        name = os.path.abspath(self._name) if self._is_graph() else self._name
+        places = [os.environ.get(variable) for variable in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE")]
+        return _digest(__version__, str(HERE), name, *paths, *places)
 
-    def _remember(self, spec: dict[str, Any], warning: str | None, searched: list[str] | None) -> dict[str, Any]:
-        identity = {key: spec.get(key) for key in ("name", "num_classes", "fingerprint")} | {"warning": warning}
-        if self._cache and "files" in spec and searched is not None:  # the choice depended on files alone
-            files = [__file__, *spec["files"], *searched, *([self.labels] if self.labels else [])]
-            self._cache.put(self._request(), identity | {"files": _file_states(files)})
-        return identity
+    def _is_graph(self) -> bool:
+        return str(self._name).endswith(".onnx")
+
+    def kept_graph(self) -> Path:
+        """Where --export without a name keeps the chosen model's graph; beside it, what it was made from."""
+        return cache_folder() / f"{self._name}-{self._digest()[:12]}.onnx"
+
+    def _find_graph(self) -> Path | None:
+        """The graph to run instead of torch, if there is one and nothing that it was made from has changed."""
+        if self._is_graph():
+            if self.engine == "torch" or self.device not in ("auto", "cpu"):
+                raise UsageError("ONNX 模型由 ONNX Runtime 在 CPU 上运行,不能与 --engine torch 或 -d 同用")
+            return Path(self._name)
+        plain = self.device in ("auto", "cpu") and self.dtype in ("auto", "float32")
+        if self.engine == "torch" or self._name is None or not plain:
+            if self.engine == "onnx":
+                raise UsageError("--engine onnx 只在 CPU 上以 float32 运行,且要有权重;请去掉 -d 和 --dtype")
+            return None
+        graph = self.kept_graph()
+        hint = f"请运行: python infer.py --export{f' -m {self.model}' if self.model else ''}"
+        if not graph.exists():
+            if self.engine == "onnx":
+                raise ModelError(f"{self._name} 还没有导出为 ONNX,{hint}")
+            return None
+        try:
+            known = json.loads(graph.with_suffix(".json").read_text())
+            fresh = _file_states(state[0] for state in known) == known
+        except (OSError, ValueError, LookupError, TypeError):
+            fresh = False
+        if self.engine == "onnx":
+            if not fresh:
+                raise ModelError(f"{self._name} 导出为 ONNX 之后,权重、标签或程序变了,{hint}")
+            return graph
+        if self.device == "auto" and has_nvidia_gpu():
+            return None
+        if not fresh or importlib.util.find_spec("onnxruntime") is None:
+            log.info("%s", f"权重、标签或程序变了,导出的 ONNX 不再使用,{hint}" if not fresh else INSTALL_ONNXRUNTIME)
+            return None
+        return graph
+
+    def load(self) -> TorchEngine | OnnxEngine:
+        """Load model and labels unless that is done, and return the engine."""
+        with self._lock:
+            if self._failed is not None:  # for the threads that wait; once is enough to see it fail
+                raise self._failed
+            if self._engine is None:
+                try:
+                    self._engine = self._load()
+                except ModelError as error:
+                    self._failed = error
+                    raise
+            return self._engine
+
+    def _load(self) -> TorchEngine | OnnxEngine:
+        labels = None if self.labels is None else read_labels(self.labels)
+        self.choose()
+        graph = self._find_graph()
+        if graph is None:
+            engine: TorchEngine | OnnxEngine = self._load_torch(labels)
+        else:
+            engine = OnnxEngine(graph, labels)
+            engine.spec["files"] = [str(graph)]
+        log.info("加载模型完成,使用设备: %s", engine.device_name)
+        self.batch_size = self.batch_size or (64 if engine.device_name.startswith("cuda") else 8)
+        self._identity = {key: engine.spec.get(key) for key in ("name", "num_classes", "fingerprint")}
+        if self._cache and "files" in engine.spec and self._name:
+            files = _file_states(self.sources(engine))
+            self._cache.put(f"model:{self._digest()}", self._identity | {"files": files})
+        return engine
+
+    def sources(self, engine: TorchEngine | OnnxEngine) -> list[str]:
+        """The files that the engine's model was made from."""
+        return [*engine.spec["files"], *([self.labels] if self.labels else [])]
+
+    def _load_torch(self, labels: list[str] | None) -> TorchEngine:
+        import_torch()
+        source = (self.repo, self.trust_repo, self.weights, self.offline)
+        name = self._name or DEFAULT_MODEL
+        try:
+            model = load_hub_model(name, *source)
+        except (FileNotFoundError, ConnectionError) as error:
+            if self._name is not None:
+                raise ModelError(_one_line(error)) from error
+            log.warning("%s。%s", error, USE_FALLBACK)
+            name = FALLBACK_MODEL
+            try:
+                model = load_hub_model(name, *source)
+            except FileNotFoundError as missing:
+                raise ModelError(_one_line(missing)) from missing
+        if self.cache and "fingerprint" not in getattr(model, "spec", {}):
+            model.spec = {**getattr(model, "spec", {}), "fingerprint": fingerprint(model)}
+        return TorchEngine(model, name, labels, self.device, self.dtype)
 
     def __call__(self, image: str | os.PathLike | Image.Image) -> Result:
         """Recognise one file or PIL image. A file that cannot be read gives a Result with ``error`` set."""
@@ -661,7 +933,6 @@ class Recognizer:
         the input has nothing more to give at the moment.
         """
         self._stopped = False
-        self.identify()
         prepared: queue.Queue[Future | None] = queue.Queue(2 * (self.batch_size or 8) + self.workers)
         closed = threading.Event()
 
@@ -685,6 +956,7 @@ class Recognizer:
         pool = ThreadPoolExecutor(self.workers)
         try:
             threading.Thread(target=feed, daemon=True).start()
+            self.identify()  # while the first images are decoded
             for batch in self._batches(prepared):
                 yield from self._recognize(batch)
         finally:
@@ -716,13 +988,16 @@ class Recognizer:
         key = None
         try:
             with open_image(path) as file:
-                if self._cache:
+                if self.cache:
+                    identity = self.identify()
                     file = io.BytesIO(file.read())
-                    key = f"{hashlib.sha256(file.getbuffer()).hexdigest()}:{self._identity['fingerprint']}"
+                    key = f"{hashlib.sha256(file.getbuffer()).hexdigest()}:{identity['fingerprint']}"
                     known = self._cache.get(key)
-                    if known and len(known) >= min(self.topk, self._identity["num_classes"]):
+                    if known and len(known) >= min(self.topk, identity["num_classes"]):
                         return _Prepared(path, cached=known[: self.topk])
                 rgb = decode_image(file)
+        except ModelError:
+            raise
         except Exception as error:  # a broken file can make a decoder raise anything: one record, no more
             return _Prepared(path, error=describe_image_error(error))
         return _Prepared(path, preprocess(rgb, self.load().spec), key)
@@ -1045,9 +1320,23 @@ class _Parser(argparse.ArgumentParser):
             message = message.replace(english, translation)
         unknown = re.search(r"无法识别的参数: (--?[\w-]+)", message)
         if unknown:
+            import difflib
+
             nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message += f"。是不是想用 {nearest[0]}?" if nearest else ""
         raise UsageError(f"{message}。用法见: python infer.py --help")
+
+
+class _VersionAction(argparse.Action):
+    def __call__(self, parser, *arguments):
+        from importlib.metadata import PackageNotFoundError, version
+
+        versions = [f"infer.py {__version__}", f"Python {sys.version.split()[0]}"]
+        for package in ("torch", "torchvision", "pillow", "onnxruntime"):
+            with contextlib.suppress(PackageNotFoundError):
+                versions.append(f"{package} {version(package)}")
+        print(", ".join(versions))
+        parser.exit()
 
 
 def _at_least(kind: type, low: float, high: float = float("inf")):
@@ -1082,9 +1371,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("输入").add_argument
-    add("inputs", metavar="图片", nargs="+", help="图片、文件夹(含子文件夹)、通配符,或 - (从标准输入读路径)")
+    add("inputs", metavar="图片", nargs="*", help="图片、文件夹(含子文件夹)、通配符,或 - (从标准输入读路径)")
     add = parser.add_argument_group("模型").add_argument
-    add("-m", "--model", metavar="NAME", help=f"模型入口名 [{DEFAULT_MODEL},没有权重时 {FALLBACK_MODEL}]")
+    add("-m", "--model", metavar="NAME", help=f"模型入口名或 .onnx 文件 [{DEFAULT_MODEL},没有权重时 {FALLBACK_MODEL}]")
     add("--repo", metavar="REPO", help="torch.hub 仓库: 文件夹或 OWNER/NAME[:REF] [infer.py 所在文件夹]")
     add("--trust-repo", action="store_true", help="允许运行远程仓库的代码")
     add("--weights", metavar="PATH", help="权重文件,或含 pytorch_model.pt 和 meta_info.txt 的文件夹")
@@ -1092,6 +1381,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--offline", action="store_true", help="不访问网络(同环境变量 WWTS_OFFLINE=1)")
     add("-d", "--device", metavar="DEV", type=_device, default="auto", help="auto、cpu、cuda、cuda:N、mps [auto]")
     add("--dtype", metavar="TYPE", choices=DTYPES, default="auto", help=f"{'、'.join(DTYPES)} [auto: CUDA 用 float16]")
+    add("--engine", metavar="ENGINE", choices=ENGINES, default="auto", help="auto、torch、onnx [auto: 见 --export]")
+    export_help = "导出为 ONNX;不写 FILE 则存入用户缓存文件夹,此后没有 NVIDIA 显卡时自动使用"
+    add("--export", metavar="FILE.onnx", nargs="?", const="", help=export_help)
+    add("--bench", action="store_true", help="测速: 冷启动、延迟、吞吐、解码、内存 [用自带示例图片]")
+    add(
+        "--price-per-hour", metavar="YUAN", type=_at_least(float, 0), help="机器每小时的价钱(元),测速时折算每千张的费用"
+    )
     add("-b", "--batch-size", metavar="N", type=_at_least(int, 1), help="每批几张 [CUDA 64,否则 8]")
     add("-j", "--workers", metavar="N", type=_at_least(int, 1), help="解码线程数 [处理器核数]")
     add = parser.add_argument_group("输出").add_argument
@@ -1103,17 +1399,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="覆盖 -o 的文件")
     add("--cache", metavar="FILE|redis://…", nargs="?", const="", help="缓存结果,同一图片不再重算 [用户缓存文件夹]")
     add("-q", "--quiet", action="store_true", help="不显示 [INFO] 信息和进度")
-    add("--version", action="version", version=_versions(), help="显示版本")
+    add("--version", action=_VersionAction, nargs=0, help="显示版本")
     add("-h", "--help", action="help", help="显示本说明")
     return parser
-
-
-def _versions() -> str:
-    versions = [f"infer.py {__version__}", f"Python {sys.version.split()[0]}"]
-    for package in ("torch", "torchvision", "pillow"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-    return ", ".join(versions)
 
 
 def open_output(arguments: argparse.Namespace, rank: int | None) -> OutputFile | None:
@@ -1144,7 +1432,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if world_size > 1 and "-" in arguments.inputs:
         raise UsageError("用 torchrun 时不能从标准输入读路径,请改用文件夹或通配符")
-    if (mimetypes.guess_type(arguments.cache or "")[0] or "").startswith("image/"):
+    if arguments.cache and os.path.splitext(arguments.cache)[1].lower() in COMMON_EXTENSIONS:
         raise UsageError(f"--cache 后面的 {arguments.cache} 会被当作缓存文件;请把 --cache 写在图片后面")
     output = open_output(arguments, rank if world_size > 1 else None)
     if arguments.cache == "":
@@ -1153,6 +1441,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.device = f"cuda:{local_rank}"
     recognizer = Recognizer(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recognizer)})
 
+    if arguments.export is not None:
+        return run_export(recognizer, arguments)
+    if arguments.bench:
+        return run_bench(recognizer, arguments)
+    if not arguments.inputs:
+        raise UsageError("缺少参数: 图片。用法见: python infer.py --help")
     counts: collections.Counter = collections.Counter()
 
     def images() -> Iterator[str]:
@@ -1169,12 +1463,13 @@ def run(arguments: argparse.Namespace) -> int:
     if not counts["found"] and not rank:
         raise UsageError("没有找到图片")
     if output is not None:
-        output.check(arguments.model, arguments.topk, 0)
+        # An .onnx file tells its model's name only when it is loaded, which a finished run shall not need.
+        output.check(None if str(arguments.model).endswith(".onnx") else arguments.model, arguments.topk, 0)
     signals: list[int] = []
     start = time.monotonic()
     if first is not None:
-        model = recognizer.identify()
         if output is not None:
+            model = recognizer.identify()
             most = min(arguments.topk, model["num_classes"])
             output.check(model["name"], most, 0 if arguments.threshold else most)
         writer = WRITERS[arguments.format or "text"](sys.stdout if output is None else output, arguments.topk)
@@ -1197,6 +1492,106 @@ def run(arguments: argparse.Namespace) -> int:
         log.warning("已中断。%s", f"加上 --resume 再运行,会接着写 {output.path}" if output else "再运行会从头开始")
         return 128 + signals[0]
     return 1 if counts["failed"] or (output is not None and output.failures) else 0
+
+
+def run_export(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
+    """Write the model's graph where it was asked for, or where later runs look for it."""
+    photos = list(find_images(arguments.inputs or [str(HERE / "samples")]))
+    if arguments.export and not arguments.export.endswith(".onnx"):
+        raise UsageError("--export 后面的文件名应以 .onnx 结尾;不写文件名时请把 --export 写在最后")
+    if not os.path.exists(photos[0]):
+        raise UsageError("导出时要用几张照片核对结果,请在命令里给出")
+    recognizer = dataclasses.replace(recognizer, engine="torch", device="cpu", dtype="float32")
+    engine = recognizer.load()
+    recognizer._name = engine.spec["name"]
+    path = Path(arguments.export) if arguments.export else recognizer.kept_graph()
+    if not arguments.export and "files" not in engine.spec:
+        raise UsageError("这个模型没有说明它由哪些文件构成,无法得知权重是否变化;请写明导出的文件名,再用 -m 指定它")
+    log.info("正在导出 %s,需要十几秒到一分钟", path)
+    difference = export_graph(engine, path, photos)
+    if not arguments.export:
+        states = _file_states([*recognizer.sources(engine), str(path)])
+        with _replacing(path.with_suffix(".json")) as partial:
+            partial.write_text(json.dumps(states))
+    log.info("已导出 %s(%.0f MB)", path, path.stat().st_size / 1e6)
+    log.info("在 %d 张照片上与 torch 的置信度最多相差 %.1g", len(photos), difference)
+    return 0
+
+
+def run_bench(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
+    """Measure what a user waits for and pays for, with the model, device and engine chosen; print a table."""
+    photos = list(itertools.islice(find_images(arguments.inputs or [str(HERE / "samples")]), 1000))
+    if not photos:
+        raise UsageError("没有找到图片")
+    engine = recognizer.load()
+    pixels = list(_read_pixels(photos[:64], engine.spec))
+    cuda = engine.device_name.startswith("cuda")
+    sizes = [1, 2, 4, 8, 16] + [32, 64, 128, 256] * cuda
+    rows: list[tuple[str, float, str]] = []
+    with _bar(2 * len(sizes) + 6, "项", show=sys.stderr.isatty() and not arguments.quiet) as bar:
+
+        def note(name: str, value: float, unit: str) -> float:
+            rows.append((name, value, unit))
+            bar.update()
+            return value
+
+        def rate(work: Callable[[], int]) -> float:
+            work()  # the first time allocates and plans
+            start, done = time.perf_counter(), 0
+            while (seconds := time.perf_counter() - start) < 1 or not done:
+                done += work()
+            return done / seconds
+
+        options = ("model", "repo", "weights", "labels", "device", "dtype", "engine")
+        command = [f"--{name}={getattr(recognizer, name)}" for name in options if getattr(recognizer, name)]
+        command += ["--trust-repo"] * recognizer.trust_repo + ["--offline"] * recognizer.offline
+        start = time.perf_counter()
+        subprocess.run([sys.executable, __file__, "-q", *command, photos[0]], capture_output=True)
+        note("冷启动到第一个答案", time.perf_counter() - start, "秒")
+        seconds = []
+        for _ in range(40):
+            start = time.perf_counter()
+            engine.classify(pixels[:1], recognizer.topk)
+            seconds.append(time.perf_counter() - start)
+        seconds = sorted(seconds[10:])
+        note("单张延迟 p50", seconds[len(seconds) // 2] * 1000, "毫秒")
+        note("单张延迟 p95", seconds[int(len(seconds) * 0.95)] * 1000, "毫秒")
+        engine_rate = 0.0
+        for size in sizes:
+            batch = list(itertools.islice(itertools.cycle(pixels), size))
+            speed = rate(lambda batch=batch: len(engine.classify(batch, recognizer.topk)))
+            engine_rate = max(engine_rate, note(f"模型计算,每批 {size} 张", speed, "张/秒"))
+        many = list(itertools.islice(itertools.cycle(photos), 64))
+        with ThreadPoolExecutor(recognizer.workers) as pool:
+            decode_rate = rate(
+                lambda: len(list(pool.map(lambda photo: list(_read_pixels([photo], engine.spec)), many)))
+            )
+        note(f"解码和缩放,{recognizer.workers} 个线程", decode_rate, "张/秒")
+        end_to_end = rate(lambda: sum(1 for _ in recognizer.stream(itertools.chain(many, many, many, many))))
+        note("端到端(解码、缩放、计算)", end_to_end, "张/秒")
+        with contextlib.suppress(ImportError):  # not on Windows
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            note("内存峰值", peak, "MiB")
+        if cuda:
+            import torch
+
+            note("显存峰值", torch.cuda.max_memory_allocated() / 2**20, "MiB")
+        if arguments.price_per_hour is not None:
+            note("每千张费用", arguments.price_per_hour / 3600 / end_to_end * 1000, "元")
+            note("商用 API 每千张费用(0.003 元一次)", 3.0, "元")
+            note("商用 API 一次调用(对比单张延迟)", 150.0, "毫秒")
+    identity = {"model": engine.spec["name"], "device": engine.device_name}
+    for name, value, unit in rows:
+        if arguments.format == "jsonl":
+            print(json.dumps(identity | {"measurement": name, "value": value, "unit": unit}, ensure_ascii=False))
+        else:
+            width = 44 - sum(unicodedata.east_asian_width(c) in "WF" for c in name)
+            print(f"{name:<{width}}{value:>12.4g} {unit}")
+    limit = "解码" if decode_rate < engine_rate else "模型计算"
+    log.info("%s,%s: 端到端速度受限于%s", identity["model"], identity["device"], limit)
+    return 0
 
 
 @contextlib.contextmanager
@@ -1222,17 +1617,24 @@ def _progress_bar(output: OutputFile | None, count: Callable[[], int | None]) ->
     if not sys.stderr.isatty() or not log.isEnabledFor(logging.INFO) or (output is None and sys.stdout.isatty()):
         yield lambda failures: None
         return
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    total, initial = count(), 0 if output is None else len(output.inputs)
-    with logging_redirect_tqdm([log]), tqdm(total=total, initial=initial, unit="张", dynamic_ncols=True) as bar:
+    with _bar(count(), "张", initial=0 if output is None else len(output.inputs)) as bar:
 
         def advance(failures: int) -> None:
             bar.set_postfix_str(f"失败 {failures}", refresh=False)
             bar.update()
 
         yield advance
+
+
+@contextlib.contextmanager
+def _bar(total: int | None, unit: str, initial: int = 0, show: bool = True) -> Iterator[Any]:
+    """A tqdm bar that log lines go above."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    bar = tqdm(total=total, unit=unit, initial=initial, dynamic_ncols=True, disable=not show)
+    with logging_redirect_tqdm([log]) if show else contextlib.nullcontext(), bar:
+        yield bar
 
 
 class _Formatter(logging.Formatter):

@@ -1,0 +1,317 @@
+"""--export and the ONNX Runtime engine, against the torch engine; --bench."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT, SAMPLES
+
+import hubconf
+import infer as infer_module
+
+LITE = ("-m", "wwts_cn_lite")
+CAT = SAMPLES[0]
+
+
+def records(result):
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def without_torch(tmp_path_factory):
+    """An environment in which importing torch or torchvision fails."""
+    folder = tmp_path_factory.mktemp("without_torch")
+    for name in ("torch", "torchvision"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('imported')")
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A copy of the program, and a user's cache folder into which it exported wwts_cn_lite."""
+    folder = tmp_path_factory.mktemp("exported")
+    program, cache = folder / "程序 1", folder / "cache"
+    program.mkdir()
+    for name in ("infer.py", "hubconf.py", "labels_zh.json"):
+        shutil.copy2(ROOT / name, program)
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "HOME": str(folder), "MODELSCOPE_CACHE": str(folder / "ms")}
+    command = [sys.executable, str(program / "infer.py"), *LITE, *map(str, SAMPLES), "--export"]
+    result = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "" and "已导出" in result.stderr and "最多相差" in result.stderr
+
+    def run(*arguments, env=None, program=program):
+        environment = {
+            **os.environ,
+            "XDG_CACHE_HOME": str(cache),
+            "HOME": str(folder),
+            "MODELSCOPE_CACHE": str(folder / "ms"),
+            "CUDA_VISIBLE_DEVICES": "",
+            **(env or {}),
+        }
+        command = [sys.executable, str(program / "infer.py"), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", cwd=ROOT)
+
+    run.program, run.folder = program, folder
+    (run.graph,) = (cache / "wwts").glob("*.onnx")
+    return run
+
+
+def test_the_graph_is_self_contained_and_takes_pixels(exported):
+    assert sorted(path.suffix for path in exported.graph.parent.iterdir()) == [".json", ".onnx"]
+    proto = onnx.load(exported.graph, load_external_data=False)
+    onnx.checker.check_model(proto)
+    assert not any(tensor.external_data for tensor in proto.graph.initializer)
+    (pixels,) = proto.graph.input
+    assert pixels.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    dimensions = pixels.type.tensor_type.shape.dim
+    assert dimensions[0].dim_param and [d.dim_value for d in dimensions[1:]] == [260, 260, 3]
+    assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
+    spec = json.loads({entry.key: entry.value for entry in proto.metadata_props}["wwts_spec"])
+    assert spec["name"] == "wwts_cn_lite" and len(spec["labels"]) == 1000
+
+
+def test_both_engines_agree(exported, infer_here, without_torch):
+    wanted = records(infer_here(*LITE, "--engine", "torch", "-d", "cpu", *SAMPLES, "-f", "jsonl", "-k", "1000"))
+    for arguments in ((), ("-b", "3"), ("-b", "1", "-j", "1")):
+        result = exported("-m", exported.graph, *SAMPLES, "-f", "jsonl", "-k", "1000", *arguments, env=without_torch)
+        assert result.returncode == 0 and "使用设备: cpu (ONNX Runtime)" in result.stderr, result.stderr
+        for ours, theirs in zip(records(result), wanted, strict=True):
+            assert ours["model"] == "wwts_cn_lite"
+            assert ours["results"][0]["label"] == theirs["results"][0]["label"]
+            a, b = ({p["index"]: p["confidence"] for p in record["results"]} for record in (ours, theirs))
+            assert max(abs(a[index] - b[index]) for index in b) < 1e-3 and len(a) == 1000
+            confidences = [p["confidence"] for p in ours["results"]]
+            assert confidences == sorted(confidences, reverse=True)
+
+
+def test_the_kept_graph_is_used_by_itself(exported, without_torch):
+    """By name, and by the plain command where base's weights are absent; torch is not imported."""
+    for arguments, warnings in ((LITE, 0), ((), 1), ((*LITE, "--engine", "onnx"), 0)):
+        result = exported(*arguments, CAT, "-f", "jsonl", env=without_torch)
+        assert result.returncode == 0 and records(result)[0]["results"][0]["label"] == "埃及猫", result.stderr
+        assert "(ONNX Runtime)" in result.stderr and result.stderr.count("[WARN]") == warnings
+    broken = exported(*LITE, ROOT / "README.md", CAT, "-f", "jsonl", env=without_torch)
+    assert broken.returncode == 1 and ["error" in record for record in records(broken)] == [True, False]
+
+
+def test_torch_can_be_asked_for(exported):
+    for arguments in (("--engine", "torch"), ("--dtype", "bfloat16")):
+        result = exported(*LITE, CAT, "-k", "1", *arguments)
+        assert result.returncode == 0 and "使用设备: cpu\n" in result.stderr
+
+
+def test_base_that_arrives_is_not_answered_for_by_lites_graph(exported, base_folder):
+    folder = exported.folder / "later" / "hub" / "models" / "iic" / "cv_resnest101_general_recognition"
+    folder.mkdir(parents=True)
+    for name in ("pytorch_model.pt", "meta_info.txt"):
+        os.link(base_folder / name, folder / name)
+    result = exported(CAT, "-f", "jsonl", env={"MODELSCOPE_CACHE": str(exported.folder / "later")})
+    assert result.returncode == 0 and records(result)[0]["model"] == "wwts_cn_base", result.stderr
+
+
+@pytest.mark.parametrize("changed", ["hubconf.py", "labels_zh.json", "graph"])
+def test_a_stale_graph_is_not_used_and_the_hint_says_so(exported, changed):
+    path = exported.graph if changed == "graph" else exported.program / changed
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    try:
+        result = exported(*LITE, CAT, "-k", "1")
+        assert result.returncode == 0 and "使用设备: cpu\n" in result.stderr
+        assert "--export -m wwts_cn_lite" in result.stderr
+        result = exported(*LITE, CAT, "--engine", "onnx")
+        assert result.returncode == 3 and "--export -m wwts_cn_lite" in result.stderr and result.stdout == ""
+    finally:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_onnx_that_was_never_exported(infer, tmp_path):
+    result = infer(*LITE, CAT, "--engine", "onnx", env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert result.returncode == 3 and "还没有导出" in result.stderr and result.stderr.count("\n") == 1
+    result = infer(*LITE, CAT, "--engine", "onnx", "-d", "cuda")
+    assert result.returncode == 2
+
+
+def test_labels_and_cache_with_a_graph(exported, tmp_path, without_torch):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"第{index}\n" for index in range(1000)), encoding="utf-8")
+    cache = ("--cache", tmp_path / "c.sqlite", "-f", "jsonl", "-m", exported.graph, CAT)
+    assert records(exported(*cache, "--labels", labels, env=without_torch))[0]["results"][0]["label"] == "第285"
+    first = records(exported(*cache, env=without_torch))[0]
+    assert "cached" not in first and first["results"][0]["label"] == "埃及猫"
+    assert records(exported(*cache, env=without_torch))[0]["cached"]
+    labels.write_text("一\n", encoding="utf-8")
+    assert exported("-m", exported.graph, CAT, "--labels", labels).returncode == 3
+
+
+def test_files_that_are_no_graph_of_ours(exported, tmp_path):
+    whole = exported.graph.read_bytes()
+    (tmp_path / "half.onnx").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    proto = onnx.load(exported.graph)
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "foreign.onnx")
+    expected = {"half": "无法读取", "empty": "无法读取", "foreign": "不是 infer.py --export", "missing": "找不到"}
+    for name, message in expected.items():
+        result = exported("-m", tmp_path / f"{name}.onnx", CAT)
+        assert result.returncode == 3 and result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
+        assert message in result.stderr and f"{name}.onnx" in result.stderr
+    result = exported("-m", exported.graph, CAT, "-d", "cuda")
+    assert result.returncode == 2 and "不能" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "status", "message"),
+    [
+        ("onnxscript", (*LITE, "--export"), 3, "pip install onnx onnxscript"),
+        ("onnx", (*LITE, "--export"), 3, "pip install onnx onnxscript"),
+        ("onnxruntime", ("-m", "GRAPH", CAT), 3, "pip install onnxruntime"),
+    ],
+)
+def test_missing_packages_are_named(exported, tmp_path, package, arguments, status, message):
+    (tmp_path / f"{package}.py").write_text("raise ImportError('gone')")
+    arguments = [exported.graph if argument == "GRAPH" else argument for argument in arguments]
+    samples = SAMPLES if "--export" in arguments else ()
+    result = exported(*samples, *arguments, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == status and message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_wrong_use_of_export(infer_here, hub_repository, tmp_path):
+    assert infer_here(*LITE, *SAMPLES, "--export", tmp_path / "x.bin").returncode == 2
+    result = infer_here("--repo", hub_repository, "-m", "resnet18", *SAMPLES, "--export")
+    assert result.returncode == 2 and "写明导出的文件名" in result.stderr
+    result = infer_here(*LITE, tmp_path / "nothing.jpg", "--export", tmp_path / "x.onnx")
+    assert result.returncode == 2 and "照片" in result.stderr
+
+
+def test_a_foreign_model_is_exported_too(infer_here, hub_repository, tmp_path):
+    path = tmp_path / "别人.onnx"
+    result = infer_here("--repo", hub_repository, "-m", "resnet18", *SAMPLES, "--export", path)
+    assert result.returncode == 0, result.stderr
+    (record,) = records(infer_here("-m", path, CAT, "-f", "jsonl", "-k", "1"))
+    assert (record["model"], record["results"][0]["index"]) == ("resnet18", 285)
+
+
+def test_a_graph_that_disagrees_is_not_kept(infer_here, hub_repository, tmp_path, monkeypatch):
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"the one before")
+    right = infer_module.OnnxEngine.classify
+
+    def wrong(self, batch, topk):
+        return [[(index, value * 0.9) for index, value in answer] for answer in right(self, batch, topk)]
+
+    monkeypatch.setattr(infer_module.OnnxEngine, "classify", wrong)
+    result = infer_here("--repo", hub_repository, "-m", "resnet18", *SAMPLES, "--export", path)
+    assert result.returncode == 3 and "不一致" in result.stderr
+    assert path.read_bytes() == b"the one before" and list(tmp_path.glob("*.partial")) == []
+
+
+def test_beyond_two_gigabytes_is_refused_before_the_work(tmp_path):
+    class Engine:
+        model = torch.nn.Linear(40_000, 20_000, device="meta")
+        spec = {"num_classes": 20_000}
+
+    with pytest.raises(infer_module.ModelError, match="2 GiB"):
+        infer_module.export_graph(Engine(), tmp_path / "x.onnx", [])
+
+
+def test_base_is_exported_at_full_size(infer, base_folder, tmp_path, without_torch):
+    path = tmp_path / "base.onnx"
+    result = infer("--weights", base_folder, *SAMPLES, "--export", path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert path.stat().st_size > 620e6 and list(tmp_path.iterdir()) == [path]
+    wanted = records(infer("--weights", base_folder, *SAMPLES, "-f", "jsonl"))
+    given = records(infer("-m", path, *SAMPLES, "-f", "jsonl", env=without_torch))
+    for ours, theirs in zip(given, wanted, strict=True):
+        assert ours["model"] == "wwts_cn_base"
+        assert [p["label"] for p in ours["results"]] == [p["label"] for p in theirs["results"]]
+        for a, b in zip(ours["results"], theirs["results"], strict=True):
+            assert a["confidence"] == pytest.approx(b["confidence"], abs=1e-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("network", [hubconf._EfficientNetLite2, lambda: hubconf._ResNeSt101(10)])
+def test_batch_norm_is_folded_where_exact(network):
+    torch.manual_seed(0)
+    model = network().eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.weight.uniform_(0.5, 1.5)
+    inputs = torch.randn(2, 3, 96, 96)
+    expected = model(inputs)
+    infer_module.fold_batch_norm(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert torch.allclose(model(inputs), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+def test_batch_norm_stays_where_folding_would_not_be_exact():
+    class Shared(torch.nn.Module):
+        """The convolution's output is used without the batch-norm too."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(x) + x
+
+    class Branching(torch.nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    model = Shared().eval()
+    infer_module.fold_batch_norm(model)
+    assert isinstance(model.norm, torch.nn.BatchNorm2d)
+    infer_module.fold_batch_norm(Branching())  # cannot be traced, and stays as it is
+
+
+def test_looking_for_base_without_torch_looks_where_the_hub_looks(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
+    name = "cv_resnest101_general_recognition"
+    places = [
+        f"models/iic--{name}/snapshots/master",
+        f"models/damo/{name}",
+        f"hub/models/iic/{name}",
+        f"hub/damo/{name}",
+    ]
+    for place in [*places, f"iic/{name}"]:
+        assert not infer_module.base_weights_here() and hubconf._find_base() is None
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        (folder / "pytorch_model.pt").touch()
+        assert not infer_module.base_weights_here() and hubconf._find_base() is None
+        (folder / "meta_info.txt").touch()
+        assert infer_module.base_weights_here() and hubconf._find_base() == folder
+        shutil.rmtree(folder)
+    monkeypatch.delenv("MODELSCOPE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".cache" / "modelscope" / places[0]
+    folder.mkdir(parents=True)
+    for file in ("pytorch_model.pt", "meta_info.txt"):
+        (folder / file).touch()
+    assert infer_module.base_weights_here() and hubconf._find_base() == folder
+
+
+def test_bench(infer_here, fast_repository):
+    fast = ("--repo", fast_repository, "-m", "fast", "--bench", "-d", "cpu")
+    result = infer_here(*fast, "-f", "jsonl", "--price-per-hour", "1.5")
+    assert result.returncode == 0, result.stderr
+    lines = records(result)
+    assert {(line["model"], line["device"]) for line in lines} == {("fast", "cpu")}
+    figures = {line["measurement"]: line["value"] for line in lines}
+    assert all(value > 0 and np.isfinite(value) for value in figures.values())
+    assert figures["单张延迟 p50"] <= figures["单张延迟 p95"]
+    assert {f"模型计算,每批 {size} 张" for size in (1, 2, 4, 8, 16)} < figures.keys()
+    end_to_end = figures["端到端(解码、缩放、计算)"]
+    assert figures["每千张费用"] == pytest.approx(1.5 / 3.6 / end_to_end)
+    assert "受限于" in result.stderr
