@@ -751,7 +751,7 @@ class _Prepared(NamedTuple):
     error: str | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Recognizer:
     """Recognises images with one model; loads it when first needed, so it can be pickled and shipped before.
 
@@ -1245,8 +1245,7 @@ class CsvWriter:
     def __init__(self, file: TextIO | OutputFile, topk: int):
         self.file, self.topk = file, topk
         self.rows = csv.writer(file, lineterminator="\r\n")
-        if not getattr(file, "size", 0):
-            file.write(self.head(topk).decode())
+        self.begun = bool(getattr(file, "size", 0))
 
     @staticmethod
     def head(topk: int) -> bytes:
@@ -1255,6 +1254,9 @@ class CsvWriter:
         return _utf8("\ufeff" + ",".join(["path", "model", *columns, "error"]) + "\r\n")
 
     def write(self, result: Result) -> None:
+        if not self.begun:
+            self.file.write(self.head(self.topk).decode())
+            self.begun = True
         cells = [cell for p in result.predictions for cell in (p.label, p.confidence)]
         padding = [""] * (2 * self.topk - len(cells))
         self.rows.writerow([result.path, result.model, *cells, *padding, result.error or ""])

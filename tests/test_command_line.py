@@ -107,8 +107,9 @@ def test_without_weights_the_plain_command_falls_back_and_says_so(infer):
         assert text in warnings[0]
 
 
-def test_a_named_model_is_never_replaced(infer):
-    result = infer("-m", "wwts_cn_base", CAT)
+@pytest.mark.parametrize("style", ["text", "csv"])
+def test_a_named_model_is_never_replaced(infer, style):
+    result = infer("-m", "wwts_cn_base", CAT, "-f", style)
     assert result.returncode == 3 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "[ERROR]" in result.stderr and "离线" in result.stderr
 
