@@ -197,10 +197,8 @@ def preprocess(image: Image.Image, spec: dict[str, Any]) -> numpy.ndarray:
     short = min(width, height)
     new_width, new_height = (resize if side == short else int(resize * side / short) for side in (width, height))
     left, top = round((new_width - crop) / 2), round((new_height - crop) / 2)
-    # Pillow resizes across and then down; what is cropped off at the sides need not be resized down.
-    image = image.resize((new_width, height), interpolation).crop((left, 0, left + crop, height))
-    image = image.resize((crop, new_height), interpolation).crop((0, top, crop, top + crop))
-    return numpy.asarray(image)
+    image = image.resize((new_width, new_height), interpolation)
+    return numpy.asarray(image.crop((left, top, left + crop, top + crop)))
 
 
 def describe_image_error(error: Exception) -> str:

@@ -86,18 +86,21 @@ def pixel(image):
 def test_transparency_lies_over_white(tmp_path, mode):
     """Black that is wholly transparent must not show; what is opaque must."""
     black = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    black.paste((200, 200, 200, 255), (4, 0, 8, 8))
+    black.paste((204, 204, 204, 255), (4, 0, 8, 8))
     if mode in ("RGBA", "LA", "PA"):
-        image = infer.to_rgb(black.convert(mode))
+        converted = black.convert("RGB").convert("P").convert("PA") if mode == "PA" else black.convert(mode)
+        if mode == "PA":  # Pillow's own conversion lost the transparency up to version 11
+            converted.putalpha(black.getchannel("A"))
+        image = infer.to_rgb(converted)
     else:  # one colour is named transparent, as in a PNG's tRNS chunk or a GIF
         solid = Image.new("RGB", (8, 8), (0, 0, 0))
-        solid.paste((200, 200, 200), (4, 0, 8, 8))
+        solid.paste((204, 204, 204), (4, 0, 8, 8))
         solid = solid.convert(mode, palette=Image.Palette.ADAPTIVE) if mode == "P" else solid.convert(mode)
         key = (0, 0, 0) if mode == "RGB" else solid.getpixel((0, 0))
         image = read_image(saved(tmp_path, solid, "key.png", transparency=key))
     assert image.mode == "RGB"
     assert image.getpixel((1, 4)) == (255, 255, 255)
-    assert image.getpixel((6, 4)) == pytest.approx((200, 200, 200), abs=1)
+    assert image.getpixel((6, 4)) == pytest.approx((204, 204, 204), abs=1)
 
 
 def test_half_transparency_is_mixed_with_white():
