@@ -44,7 +44,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     import numpy
@@ -924,13 +924,14 @@ class Recognizer:
         """Let the stream that is running end after the batch in hand; safe to call from a signal handler."""
         self._stopped = True
 
-    def stream(self, images: Iterable[str | os.PathLike | Image.Image]) -> Iterator[Result]:
+    def stream(self, images: Iterable[str | os.PathLike | Image.Image], reproducible: bool = False) -> Iterator[Result]:
         """Recognise any number of files or PIL images in constant memory; results come in input order.
 
         Decoding runs in ``workers`` threads beside the engine. A batch is run when it is full, or when
-        the input has nothing more to give at the moment.
+        the input has nothing more to give at the moment. With ``reproducible`` a batch that is not full is
+        filled up, since kernels chosen by batch size differ in a confidence's last digits.
         """
-        self._stopped = False
+        self._stopped, self._reproducible = False, reproducible
         prepared: queue.Queue[Future | None] = queue.Queue(2 * (self.batch_size or 8) + self.workers)
         closed = threading.Event()
 
@@ -1022,12 +1023,13 @@ class Recognizer:
         while len(answers) < len(pixels):
             engine = self.load()
             batch = pixels[len(answers) : len(answers) + self.batch_size]
+            filling = [batch[-1]] * (self.batch_size - len(batch)) if self._reproducible else []
             try:
-                answers += engine.classify(batch, self.topk)
+                answers += engine.classify(batch + filling, self.topk)[: len(batch)]
             except DeviceMemoryError:
-                if len(batch) == 1:
+                if len(batch + filling) == 1:
                     raise
-                self.batch_size = len(batch) // 2
+                self.batch_size = len(batch + filling) // 2
                 log.warning("显存不足,批大小减为 %d", self.batch_size)
         return [[(engine.spec["labels"][index], value, index) for index, value in answer] for answer in answers]
 
@@ -1113,48 +1115,124 @@ def _walk(folder: str, extensions: set[str], parents: tuple) -> Iterator[str]:
 # ---------------------------------------------------------------- outputs
 
 
+class Text:
+    """The block that people read: results to standard output, the name of the image to standard error."""
+
+    head = ""
+
+    def __init__(self, topk: int):
+        pass
+
+    def format(self, result: Result) -> str:
+        """The block for one image; what is not a result is logged."""
+        if result.error is not None:
+            log.error("%s: %s", printable(result.path), printable(result.error))
+            return ""
+        log.info("输入图像: %s", printable(result.path))
+        if result.cached:
+            log.log(CACHE_HIT, "使用缓存结果")
+        lines = [f" - {printable(p.label)} (置信度: {p.confidence:.2f})\n" for p in result.predictions]
+        return "".join(["[RESULT] 识别结果:\n", *(lines or [" (没有达到阈值的标签)\n"])])
+
+
+class Jsonl:
+    """One JSON object a line."""
+
+    head = ""
+    begins = b'{"path": "'  # as every file does
+
+    def __init__(self, topk: int):
+        pass
+
+    def format(self, result: Result) -> str:
+        """The line for one image."""
+        return json.dumps(result.record(), ensure_ascii=False, allow_nan=False) + "\n"
+
+    def parse(self, line: str) -> tuple[str, str, int | None]:
+        """Path, model and number of predictions (None for an error) of a line; raises at what is none."""
+        record = json.loads(line)
+        return record["path"], record["model"], None if "error" in record else len(record["results"])
+
+    def name(self, path: str) -> str:
+        """The path as ``parse`` gives it."""
+        return path
+
+
+class Csv:
+    """One line an image, for Excel: path, model, label_1, confidence_1, …, error."""
+
+    def __init__(self, topk: int):
+        self.topk = topk
+        columns = [f"{name}_{rank}" for rank in range(1, topk + 1) for name in ("label", "confidence")]
+        self.head = "\ufeff" + ",".join(["path", "model", *columns, "error"]) + "\r\n"  # Excel wants the mark
+        self.begins = self.head.encode()
+
+    def format(self, result: Result) -> str:
+        """The line for one image."""
+        cells = [cell for p in result.predictions for cell in (self.name(p.label), p.confidence)]
+        padding = [""] * (2 * self.topk - len(cells))
+        line = io.StringIO()
+        row = [self.name(result.path), self.name(result.model), *cells, *padding, self.name(result.error or "")]
+        csv.writer(line, lineterminator="\r\n").writerow(row)
+        return line.getvalue()
+
+    def parse(self, line: str) -> tuple[str, str, int | None]:
+        """Path, model and number of predictions (None for an error) of a line; raises at what is none."""
+        (row,) = csv.reader([line], strict=True)
+        if len(row) != 2 * self.topk + 3:
+            raise ValueError
+        return row[0], row[1], None if row[-1] else sum(map(bool, row[2:-1:2]))
+
+    def name(self, text: str) -> str:
+        """A cell that is one line and no formula: spreadsheets run what begins with = + - or @ (OWASP)."""
+        return "'" * text.startswith(("=", "+", "-", "@", "'")) + printable(text)
+
+
+FORMATS = {"text": Text, "jsonl": Jsonl, "csv": Csv}
+
+
 class OutputFile:
     """A file of whole records: what a full disk or a power cut left half written is taken back.
 
-    Attributes: ``size``, where its last whole record ends; ``inputs``, the paths that have a record;
-    ``failures``, how many of them are errors.
+    Attributes: ``size``, where its last whole record ends; ``inputs``, the names of those that have a
+    record; ``failures``, how many of them are errors.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.size, self.failures = path, 0, 0
+    # More than the longest record, so that a foreign file without line ends is not read whole.
+    _LONGEST = 2**26
+
+    def __init__(self, path: Path, form: Jsonl | Csv):
+        self.path, self.form, self.size, self.failures = path, form, 0, 0
         self.inputs: set[str] = set()
         self._models: set[str] = set()
         self._counts: set[int] = set()
         self._file: BinaryIO | None = None
 
-    def resume(self, writer: type, topk: int) -> None:
-        """Take in the records of an earlier run; raises UsageError at what ``writer`` did not write so."""
-        end = 0
-
-        def lines(file: BinaryIO) -> Iterator[bytes]:
-            nonlocal end
-            for line in file:
-                end += len(line)
-                yield line
-
+    def resume(self) -> None:
+        """Take in the records of an earlier run; raises UsageError at what was not written in this format."""
+        foreign = False
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            head = file.read(len(writer.head(topk)))
-            foreign = not writer.head(topk).startswith(head.rstrip(b"\0"))
+            foreign = not self.form.begins.startswith(file.read(len(self.form.begins)).rstrip(b"\0"))
             file.seek(0)
-            try:
-                for path, model, count in () if foreign else writer.read(lines(file), topk):
-                    self.size = end
-                    self.inputs.add(path)
-                    self._models.add(model)
-                    self.failures += count is None
-                    self._counts |= {count} - {None}
-            except (ValueError, LookupError, TypeError, csv.Error):
-                foreign = bool(file.read(1))  # only the last record may be torn
-            if foreign:
-                raise UsageError(
-                    f"{self.path} 的第 {self.size} 字节之后不是以同样的格式和 -k 写出的记录,不能续写。"
-                    "换一个文件名,或用 --overwrite"
-                )
+            while not foreign and (line := file.readline(self._LONGEST)):
+                if not line.endswith(b"\n") or b"\0" in line:  # torn, as only the last can be
+                    foreign = bool(file.read(1))
+                    break
+                try:
+                    if self.size or not self.form.head:
+                        path, model, count = self.form.parse(line.decode())
+                        self.inputs.add(path)
+                        self._models.add(model)
+                        self.failures += count is None
+                        self._counts |= {count} - {None}
+                    self.size += len(line)
+                except (ValueError, LookupError, TypeError, RecursionError, csv.Error):
+                    foreign = True
+        if foreign:
+            raise UsageError(
+                f"{self.path} 的第 {self.size} 字节之后不是以同样的格式和 -k 写出的记录,不能续写。"
+                "换一个文件名,或用 --overwrite"
+            )
 
     def check(self, model: str | None, most: int, least: int) -> None:
         """Raise UsageError if the records are of another model or have more or fewer predictions."""
@@ -1166,7 +1244,7 @@ class OutputFile:
             raise UsageError(f"{self.path} 是用别的 -k 或 -t 写的,不能续写。换一个文件名,或用 --overwrite")
 
     def __contains__(self, path: str) -> bool:
-        return _utf8(path).decode() in self.inputs
+        return self.form.name(path) in self.inputs
 
     def write(self, text: str) -> None:
         """Append one record; on an OSError the file is as before."""
@@ -1174,7 +1252,8 @@ class OutputFile:
             self._file = open(self.path, "r+b" if self.path.exists() else "xb", buffering=0)
             self._file.truncate(self.size)
             self._file.seek(self.size)
-        data = _utf8(text)
+        # A file name that is no text is written as JSON would escape it.
+        data = text.encode("utf-8", "backslashreplace")
         try:
             written = 0
             while written < len(data):
@@ -1187,98 +1266,6 @@ class OutputFile:
 
     def flush(self) -> None:
         """Every record is with the operating system already."""
-
-
-def _utf8(text: str) -> bytes:
-    # A file name that is no text is written as JSON would escape it.
-    return text.encode("utf-8", "backslashreplace")
-
-
-class TextWriter:
-    """The block that people read: results to standard output, the name of the image to standard error."""
-
-    def __init__(self, file: TextIO | OutputFile, topk: int):
-        self.file = file
-
-    def write(self, result: Result) -> None:
-        if result.error is not None:
-            log.error("%s: %s", printable(result.path), printable(result.error))
-            return
-        log.info("输入图像: %s", printable(result.path))
-        if result.cached:
-            log.log(CACHE_HIT, "使用缓存结果")
-        lines = [f" - {printable(p.label)} (置信度: {p.confidence:.2f})\n" for p in result.predictions]
-        self.file.write("".join(["[RESULT] 识别结果:\n", *(lines or [" (没有达到阈值的标签)\n"])]))
-        self.file.flush()
-
-
-class JsonlWriter:
-    """One JSON object a line."""
-
-    def __init__(self, file: TextIO | OutputFile, topk: int):
-        self.file = file
-
-    def write(self, result: Result) -> None:
-        self.file.write(json.dumps(result.record(), ensure_ascii=False, allow_nan=False) + "\n")
-        self.file.flush()
-
-    @staticmethod
-    def head(topk: int) -> bytes:
-        """What every file begins with."""
-        return b'{"path": "'
-
-    @staticmethod
-    def read(lines: Iterator[bytes], topk: int) -> Iterator[tuple[str, str, int | None]]:
-        """Path, model and number of predictions (None for an error) of each record; raises at what is none."""
-        for line in lines:
-            record = json.loads(line)
-            if not line.endswith(b"\n"):
-                raise ValueError
-            yield _utf8(record["path"]).decode(), record["model"], None if "error" in record else len(record["results"])
-
-
-class CsvWriter:
-    """One row an image, for Excel: path, model, label_1, confidence_1, …, error."""
-
-    def __init__(self, file: TextIO | OutputFile, topk: int):
-        self.file, self.topk = file, topk
-        self.rows = csv.writer(file, lineterminator="\r\n")
-        self.begun = bool(getattr(file, "size", 0))
-
-    @staticmethod
-    def head(topk: int) -> bytes:
-        """The mark without which Excel shows garbage, and the names of the columns."""
-        columns = [f"{name}_{rank}" for rank in range(1, topk + 1) for name in ("label", "confidence")]
-        return _utf8("\ufeff" + ",".join(["path", "model", *columns, "error"]) + "\r\n")
-
-    def write(self, result: Result) -> None:
-        if not self.begun:
-            self.file.write(self.head(self.topk).decode())
-            self.begun = True
-        cells = [cell for p in result.predictions for cell in (p.label, p.confidence)]
-        padding = [""] * (2 * self.topk - len(cells))
-        self.rows.writerow([result.path, result.model, *cells, *padding, result.error or ""])
-        self.file.flush()
-
-    @staticmethod
-    def read(lines: Iterator[bytes], topk: int) -> Iterator[tuple[str, str, int | None]]:
-        """Path, model and number of predictions (None for an error) of each row; raises at what is none."""
-        last = b""
-
-        def texts() -> Iterator[str]:
-            nonlocal last
-            for last in lines:
-                yield last.decode()
-
-        rows = csv.reader(texts(), strict=True)
-        next(rows, None)
-        for row in rows:
-            if len(row) != 2 * topk + 3 or not last.endswith(b"\r\n"):
-                raise ValueError
-            yield row[0], row[1], None if row[-1] else sum(map(bool, row[2:-1:2]))
-
-
-WRITERS = {"text": TextWriter, "jsonl": JsonlWriter, "csv": CsvWriter}
 
 
 def printable(text: str) -> str:
@@ -1393,7 +1380,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("输出").add_argument
     add("-k", "--topk", metavar="N", type=_at_least(int, 1), default=5, help="每张图最多几个标签 [5]")
     add("-t", "--threshold", metavar="P", type=_at_least(float, 0, 1), default=0.0, help="最低置信度 [0]")
-    add("-f", "--format", metavar="FMT", choices=list(WRITERS), help="标准输出的格式: text、jsonl、csv [text]")
+    add("-f", "--format", metavar="FMT", choices=list(FORMATS), help="标准输出的格式: text、jsonl、csv [text]")
     add("-o", "--output", metavar="FILE", help="结果写入这个 .jsonl 或 .csv 文件")
     add("--resume", action="store_true", help="接着写 -o 的文件,跳过已有记录的图片")
     add("--overwrite", action="store_true", help="覆盖 -o 的文件")
@@ -1416,9 +1403,10 @@ def open_output(arguments: argparse.Namespace, rank: int | None) -> OutputFile |
     if not path.parent.is_dir():
         raise UsageError(f"文件夹 {path.parent} 不存在")
     arguments.format = path.suffix[1:]
-    output = OutputFile(path if rank is None else path.with_suffix(f".rank{rank}{path.suffix}"))
+    path = path if rank is None else path.with_suffix(f".rank{rank}{path.suffix}")
+    output = OutputFile(path, FORMATS[arguments.format](arguments.topk))
     if arguments.resume:
-        output.resume(WRITERS[arguments.format], arguments.topk)
+        output.resume()
     elif not arguments.overwrite and output.path.exists() and output.path.stat().st_size:
         raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
     return output
@@ -1472,13 +1460,17 @@ def run(arguments: argparse.Namespace) -> int:
             model = recognizer.identify()
             most = min(arguments.topk, model["num_classes"])
             output.check(model["name"], most, 0 if arguments.threshold else most)
-        writer = WRITERS[arguments.format or "text"](sys.stdout if output is None else output, arguments.topk)
+        form = FORMATS[arguments.format or "text"](arguments.topk)
+        file: Any = output or sys.stdout
+        head = form.head if output is None or not output.size else ""
         start = time.monotonic()
         bar = _progress_bar(output, lambda: None if "-" in arguments.inputs else sum(1 for _ in images()))
-        stream = contextlib.closing(recognizer.stream(itertools.chain([first], todo)))
+        stream = contextlib.closing(recognizer.stream(itertools.chain([first], todo), reproducible=output is not None))
         with bar as advance, _interruptible(recognizer.stop, signals), stream as results:
             for result in results:
-                writer.write(result)
+                file.write(head + form.format(result))
+                file.flush()
+                head = ""
                 counts.update(done=1, failed=result.error is not None, cached=result.cached)
                 advance(counts["failed"])
     if counts["found"] > 1 or output is not None:

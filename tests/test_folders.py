@@ -200,6 +200,36 @@ def test_resume_after_any_tear_gives_the_uninterrupted_file(night, tmp_path, suf
     assert night(path, "--resume").returncode == 0 and path.read_bytes() == whole
 
 
+def test_resume_gives_the_same_bytes_with_a_real_network(infer_here, tmp_path):
+    """Kernels are chosen by batch size, so a resumed run, which cuts its batches elsewhere, must fill them up."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, sample in enumerate(SAMPLES):
+        with Image.open(sample) as image:
+            for turn in range(3):
+                image.transpose(Image.Transpose(turn)).convert("RGB").resize((300, 280)).save(
+                    folder / f"{number}{turn}.jpg"
+                )
+    (folder / "07.jpg").write_text("broken")
+    command = (folder, *LITE, "--engine", "torch", "-b", "4", "-o", tmp_path / "whole.jsonl")
+    assert infer_here(*command).returncode == 1
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
+    assert len(ends) == 13
+    for cut in (0, ends[0], ends[2] + 30, ends[7], ends[11], ends[12] - 1):  # the last three leave 5, 1 and 1 images
+        (tmp_path / "whole.jsonl").write_bytes(whole[:cut])
+        assert infer_here(*command, "--resume").returncode == 1
+        assert (tmp_path / "whole.jsonl").read_bytes() == whole, cut
+
+
+def test_a_foreign_file_is_not_taken_for_a_torn_one(night, tmp_path):
+    path = tmp_path / "foreign.jsonl"
+    for content in (b'{"path": "a.jpg"}\n', b'{"path": "' + b"[" * 100_000 + b"\n", b'{"path": "a\0b"}\n' * 2, b"[]\n"):
+        path.write_bytes(content)
+        result = night(path, "--resume")
+        assert result.returncode == 2 and "不能续写" in result.stderr and path.read_bytes() == content
+
+
 def test_resume_refuses_a_file_of_another_model_or_top_k(night, infer, photos, tmp_path):
     for suffix in (".jsonl", ".csv"):
         path = tmp_path / f"out{suffix}"
