@@ -33,6 +33,7 @@ import logging
 import os
 import queue
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -70,7 +71,6 @@ NO_BASE = (
     f"本机没有 {DEFAULT_MODEL} 的权重,且处于离线模式。获取方法: 在能联网的机器上运行 modelscope-hub download "
     f"iic/cv_resnest101_general_recognition --local-dir wwts_base,再用 --weights wwts_base 指定。{USE_FALLBACK}"
 )
-INSTALL_ONNXRUNTIME = "已导出 ONNX,但没有 onnxruntime;要用它加速请运行: pip install onnxruntime"
 COMMON_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 ENGINES = ("auto", "torch", "onnx")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -552,25 +552,28 @@ class OnnxEngine:
         return answers
 
 
-def export_graph(engine: TorchEngine, path: Path, photos: list[str]) -> float:
-    """Write the engine's model as one ONNX file: N×crop×crop×3 uint8 in, N×classes confidences out.
+def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_weights: bool = False) -> float:
+    """Write the engine's model as an ONNX file: N×crop×crop×3 uint8 in, N×classes confidences out.
 
-    The file appears under its name only after it was checked against the engine on the photos; returns the
-    largest difference in confidence. Raises ModelError if a package is missing, the graph would be beyond
-    protobuf's 2 GB, or the two do not agree.
+    With ``separate_weights`` the weights lie beside it in a file that is mapped into memory, which starts
+    sooner and has no limit of 2 GiB. The graph is checked against the engine on the photos; returns the
+    largest difference in confidence. Raises ModelError if a package is missing, the graph would be too
+    large for one file, or the two do not agree.
     """
     import torch
     from torch import nn
 
     try:
-        import onnxscript  # noqa: F401  (torch.onnx asks for it too late and at length)
-        from onnx import helper
+        import onnx  # noqa: F401  (torch.onnx asks for them too late and at length)
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise ModelError("导出需要 onnx 和 onnxscript,请运行: pip install onnx onnxscript onnxruntime") from error
     spec = engine.spec
     size = sum(value.numel() * value.element_size() for value in engine.model.state_dict().values())
-    if size > 2**31 - 2**26:
-        raise ModelError(f"模型有 {size / 2**30:.1f} GiB,超过单个 ONNX 文件的 2 GiB 上限,不能导出")
+    if size > 2**31 - 2**26 and not separate_weights:
+        raise ModelError(
+            f"模型有 {size / 2**30:.1f} GiB,超过单个 ONNX 文件的 2 GiB 上限;不写文件名的 --export 没有这个限制"
+        )
 
     class Graph(nn.Module):
         def __init__(self) -> None:
@@ -597,20 +600,18 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str]) -> float:
             dynamo=True,
             verbose=False,
         )
-    proto = program.model_proto
     kept = {key: value for key, value in spec.items() if key != "files"}
-    helper.set_model_props(proto, {"wwts_spec": json.dumps(kept, ensure_ascii=False)})
-    with _replacing(path) as partial:
-        partial.write_bytes(proto.SerializeToString())
-        graph = OnnxEngine(partial, None)
-        largest = 0.0
-        for pixels, wanted in zip(_read_pixels(photos, spec), expected, strict=True):
-            # Beside copies of itself, so that a batch of a size unlike the example's is tried too.
-            given = graph.classify([pixels] * 3, spec["num_classes"])[1]
-            confidences = dict(given)
-            largest = max([largest, *(abs(value - confidences[index]) for index, value in wanted)])
-            if largest > 1e-3 or given[0][0] != wanted[0][0]:
-                raise ModelError(f"导出的 ONNX 与 torch 的结果不一致(置信度相差 {largest:.2g}),未保存")
+    program.model.metadata_props["wwts_spec"] = json.dumps(kept, ensure_ascii=False)
+    program.save(path, external_data=separate_weights)
+    graph = OnnxEngine(path, None)
+    largest = 0.0
+    for pixels, wanted in zip(_read_pixels(photos, spec), expected, strict=True):
+        # Beside copies of itself, so that a batch of a size unlike the example's is tried too.
+        given = graph.classify([pixels] * 3, spec["num_classes"])[1]
+        confidences = dict(given)
+        largest = max([largest, *(abs(value - confidences[index]) for index, value in wanted)])
+        if largest > 1e-3 or given[0][0] != wanted[0][0]:
+            raise ModelError(f"导出的 ONNX 与 torch 的结果不一致(置信度相差 {largest:.2g}),未保存")
     return largest
 
 
@@ -622,16 +623,18 @@ def _read_pixels(photos: list[str], spec: dict[str, Any]) -> Iterator[numpy.ndar
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under that becomes path when all went well and vanishes when not."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """A folder to write path in; when all went well path is replaced by what it holds under that name."""
+    folder = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
+        folder.mkdir(parents=True)
+        yield folder
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(folder / path.name, path)
     except OSError as error:
         raise ModelError(f"{path} 写不进去: {_one_line(error)}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def has_nvidia_gpu() -> bool:
@@ -820,48 +823,45 @@ class Recognizer:
         """What decides, beside the content of files, what the chosen model is."""
         paths = [path and os.path.abspath(path) for path in (self.repo, self.weights, self.labels)]
         name = os.path.abspath(self._name) if self._is_graph() else self._name
-        places = [os.environ.get(variable) for variable in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE")]
+        places = ["MODELSCOPE_CACHE", "HOME", "USERPROFILE"] if self.weights is None else []
+        places = [os.environ.get(variable) for variable in places]
         return _digest(__version__, str(HERE), name, *paths, *places)
 
     def _is_graph(self) -> bool:
         return str(self._name).endswith(".onnx")
 
     def kept_graph(self) -> Path:
-        """Where --export without a name keeps the chosen model's graph; beside it, what it was made from."""
-        return cache_folder() / f"{self._name}-{self._digest()[:12]}.onnx"
+        """Folder where --export without a name keeps the chosen model's graph and what it was made from."""
+        return cache_folder() / f"{self._name}-{self._digest()[:12]}"
 
-    def _find_graph(self) -> Path | None:
-        """The graph to run instead of torch, if there is one and nothing that it was made from has changed."""
+    def _find_graph(self) -> list[str] | None:
+        """The graph to run instead of torch, and the files it was made from if they have not changed since."""
         if self._is_graph():
             if self.engine == "torch" or self.device not in ("auto", "cpu"):
                 raise UsageError("ONNX 模型由 ONNX Runtime 在 CPU 上运行,不能与 --engine torch 或 -d 同用")
-            return Path(self._name)
-        plain = self.device in ("auto", "cpu") and self.dtype in ("auto", "float32")
-        if self.engine == "torch" or self._name is None or not plain:
-            if self.engine == "onnx":
-                raise UsageError("--engine onnx 只在 CPU 上以 float32 运行,且要有权重;请去掉 -d 和 --dtype")
+            return [self._name]
+        possible = self._name and self.device in ("auto", "cpu") and self.dtype in ("auto", "float32")
+        if self.engine == "onnx" and not possible:
+            raise UsageError("--engine onnx 只在 CPU 上以 float32 运行,且要有权重;请去掉 -d 和 --dtype")
+        if self.engine == "torch" or not possible or (self.engine == self.device == "auto" and has_nvidia_gpu()):
             return None
-        graph = self.kept_graph()
-        hint = f"请运行: python infer.py --export{f' -m {self.model}' if self.model else ''}"
-        if not graph.exists():
-            if self.engine == "onnx":
-                raise ModelError(f"{self._name} 还没有导出为 ONNX,{hint}")
-            return None
+        folder = self.kept_graph()
         try:
-            known = json.loads(graph.with_suffix(".json").read_text())
-            fresh = _file_states(state[0] for state in known) == known
-        except (OSError, ValueError, LookupError, TypeError):
-            fresh = False
+            states = json.loads((folder / "files.json").read_text())
+            files = [state[0] for state in states]
+            problem = None if _file_states(files) == states else "导出为 ONNX 之后,权重、标签或程序变了"
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            problem = "还没有导出为 ONNX"
+        export = f"请运行: python infer.py --export{f' -m {self.model}' if self.model else ''}"
+        if problem is None:
+            if importlib.util.find_spec("onnxruntime"):
+                return files
+            problem, export = "已导出为 ONNX,但没有 onnxruntime", "要用它加速请运行: pip install onnxruntime"
         if self.engine == "onnx":
-            if not fresh:
-                raise ModelError(f"{self._name} 导出为 ONNX 之后,权重、标签或程序变了,{hint}")
-            return graph
-        if self.device == "auto" and has_nvidia_gpu():
-            return None
-        if not fresh or importlib.util.find_spec("onnxruntime") is None:
-            log.info("%s", f"权重、标签或程序变了,导出的 ONNX 不再使用,{hint}" if not fresh else INSTALL_ONNXRUNTIME)
-            return None
-        return graph
+            raise ModelError(f"{self._name} {problem},{export}")
+        if folder.exists():
+            log.info("%s %s,这次用 torch。%s", self._name, problem, export)
+        return None
 
     def load(self) -> TorchEngine | OnnxEngine:
         """Load model and labels unless that is done, and return the engine."""
@@ -879,23 +879,21 @@ class Recognizer:
     def _load(self) -> TorchEngine | OnnxEngine:
         labels = None if self.labels is None else read_labels(self.labels)
         self.choose()
-        graph = self._find_graph()
-        if graph is None:
+        files = self._find_graph()
+        if files is None:
             engine: TorchEngine | OnnxEngine = self._load_torch(labels)
         else:
-            engine = OnnxEngine(graph, labels)
-            engine.spec["files"] = [str(graph)]
+            engine = OnnxEngine(files[0], labels)
+            engine.spec["files"] = files
+        if "files" in engine.spec and self.labels:
+            engine.spec["files"].append(self.labels)
         log.info("加载模型完成,使用设备: %s", engine.device_name)
         self.batch_size = self.batch_size or (64 if engine.device_name.startswith("cuda") else 8)
         self._identity = {key: engine.spec.get(key) for key in ("name", "num_classes", "fingerprint")}
         if self._cache and "files" in engine.spec and self._name:
-            files = _file_states(self.sources(engine))
+            files = _file_states(engine.spec["files"])
             self._cache.put(f"model:{self._digest()}", self._identity | {"files": files})
         return engine
-
-    def sources(self, engine: TorchEngine | OnnxEngine) -> list[str]:
-        """The files that the engine's model was made from."""
-        return [*engine.spec["files"], *([self.labels] if self.labels else [])]
 
     def _load_torch(self, labels: list[str] | None) -> TorchEngine:
         import_torch()
@@ -1500,13 +1498,17 @@ def run_export(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
     if not arguments.export and "files" not in engine.spec:
         raise UsageError("这个模型没有说明它由哪些文件构成,无法得知权重是否变化;请写明导出的文件名,再用 -m 指定它")
     log.info("正在导出 %s,需要十几秒到一分钟", path)
-    difference = export_graph(engine, path, photos)
-    if not arguments.export:
-        states = _file_states([*recognizer.sources(engine), str(path)])
-        with _replacing(path.with_suffix(".json")) as partial:
-            partial.write_text(json.dumps(states))
-    log.info("已导出 %s(%.0f MB)", path, path.stat().st_size / 1e6)
-    log.info("在 %d 张照片上与 torch 的置信度最多相差 %.1g", len(photos), difference)
+    with _replacing(path) as folder:
+        target = folder / path.name
+        if arguments.export:
+            difference = export_graph(engine, target, photos)
+        else:
+            target.mkdir()
+            difference = export_graph(engine, target / "graph.onnx", photos, separate_weights=True)
+            states = _file_states(str(target / name) for name in sorted(os.listdir(target)))
+            states = [[str(path / Path(file).name), *state] for file, *state in states]
+            (target / "files.json").write_text(json.dumps(states + _file_states(engine.spec["files"])))
+    log.info("已导出 %s,在 %d 张照片上与 torch 的置信度最多相差 %.1g", path, len(photos), difference)
     return 0
 
 

@@ -59,13 +59,20 @@ def exported(tmp_path_factory):
         return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", cwd=ROOT)
 
     run.program, run.folder = program, folder
-    (run.graph,) = (cache / "wwts").glob("*.onnx")
+    (run.graph,) = (cache / "wwts").glob("*/graph.onnx")
+    run.single = folder / "lite.onnx"  # the same with its weights in one file
+    spec = next(p.value for p in onnx.load(run.graph).metadata_props if p.key == "wwts_spec")
+    assert infer_module.main([*LITE, *map(str, SAMPLES), "-q", "--export", str(run.single)]) == 0
+    assert json.loads(onnx.load(run.single).metadata_props[0].value) == json.loads(spec)
     return run
 
 
 def test_the_graph_is_self_contained_and_takes_pixels(exported):
-    assert sorted(path.suffix for path in exported.graph.parent.iterdir()) == [".json", ".onnx"]
-    proto = onnx.load(exported.graph, load_external_data=False)
+    assert sorted(path.name for path in exported.graph.parent.iterdir()) == [
+        "files.json", "graph.onnx", "graph.onnx.data"
+    ]  # fmt: skip
+    assert not list(exported.folder.glob("**/*.partial"))
+    proto = onnx.load(exported.single, load_external_data=False)
     onnx.checker.check_model(proto)
     assert not any(tensor.external_data for tensor in proto.graph.initializer)
     (pixels,) = proto.graph.input
@@ -79,8 +86,8 @@ def test_the_graph_is_self_contained_and_takes_pixels(exported):
 
 def test_both_engines_agree(exported, infer_here, without_torch):
     wanted = records(infer_here(*LITE, "--engine", "torch", "-d", "cpu", *SAMPLES, "-f", "jsonl", "-k", "1000"))
-    for arguments in ((), ("-b", "3"), ("-b", "1", "-j", "1")):
-        result = exported("-m", exported.graph, *SAMPLES, "-f", "jsonl", "-k", "1000", *arguments, env=without_torch)
+    for graph, arguments in ((exported.graph, ()), (exported.graph, ("-b", "3")), (exported.single, ("-b", "1"))):
+        result = exported("-m", graph, *SAMPLES, "-f", "jsonl", "-k", "1000", *arguments, env=without_torch)
         assert result.returncode == 0 and "使用设备: cpu (ONNX Runtime)" in result.stderr, result.stderr
         for ours, theirs in zip(records(result), wanted, strict=True):
             assert ours["model"] == "wwts_cn_lite"
@@ -116,9 +123,9 @@ def test_base_that_arrives_is_not_answered_for_by_lites_graph(exported, base_fol
     assert result.returncode == 0 and records(result)[0]["model"] == "wwts_cn_base", result.stderr
 
 
-@pytest.mark.parametrize("changed", ["hubconf.py", "labels_zh.json", "graph"])
+@pytest.mark.parametrize("changed", ["hubconf.py", "labels_zh.json", "graph.onnx", "graph.onnx.data"])
 def test_a_stale_graph_is_not_used_and_the_hint_says_so(exported, changed):
-    path = exported.graph if changed == "graph" else exported.program / changed
+    path = (exported.graph.parent if changed.startswith("graph") else exported.program) / changed
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     try:
@@ -141,7 +148,7 @@ def test_onnx_that_was_never_exported(infer, tmp_path):
 def test_labels_and_cache_with_a_graph(exported, tmp_path, without_torch):
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"第{index}\n" for index in range(1000)), encoding="utf-8")
-    cache = ("--cache", tmp_path / "c.sqlite", "-f", "jsonl", "-m", exported.graph, CAT)
+    cache = ("--cache", tmp_path / "c.sqlite", "-f", "jsonl", "-m", exported.single, CAT)
     assert records(exported(*cache, "--labels", labels, env=without_torch))[0]["results"][0]["label"] == "第285"
     first = records(exported(*cache, env=without_torch))[0]
     assert "cached" not in first and first["results"][0]["label"] == "埃及猫"
@@ -150,11 +157,26 @@ def test_labels_and_cache_with_a_graph(exported, tmp_path, without_torch):
     assert exported("-m", exported.graph, CAT, "--labels", labels).returncode == 3
 
 
+def test_what_the_kept_graph_put_into_the_cache_ends_with_its_sources(exported, tmp_path, without_torch):
+    cache = ("--cache", tmp_path / "c.sqlite", "-f", "jsonl", *LITE, CAT)
+    assert "ONNX" in exported(*cache).stderr
+    assert records(exported(*cache, env=without_torch))[0]["cached"]
+    names = exported.program / "labels_zh.json"
+    text, status = names.read_text(encoding="utf-8"), names.stat()
+    names.write_text(text.replace("埃及猫", "法老猫"), encoding="utf-8")
+    try:
+        (record,) = records(exported(*cache))
+        assert "cached" not in record and record["results"][0]["label"] == "法老猫"
+    finally:
+        names.write_text(text, encoding="utf-8")
+        os.utime(names, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def test_files_that_are_no_graph_of_ours(exported, tmp_path):
-    whole = exported.graph.read_bytes()
+    whole = exported.single.read_bytes()
     (tmp_path / "half.onnx").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.onnx").write_bytes(b"")
-    proto = onnx.load(exported.graph)
+    proto = onnx.load(exported.single)
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "foreign.onnx")
     expected = {"half": "无法读取", "empty": "无法读取", "foreign": "不是 infer.py --export", "missing": "找不到"}
@@ -219,16 +241,19 @@ def test_beyond_two_gigabytes_is_refused_before_the_work(tmp_path):
         spec = {"num_classes": 20_000}
 
     with pytest.raises(infer_module.ModelError, match="2 GiB"):
-        infer_module.export_graph(Engine(), tmp_path / "x.onnx", [])
+        infer_module.export_graph(Engine(), tmp_path / "x.onnx", [], separate_weights=False)
 
 
-def test_base_is_exported_at_full_size(infer, base_folder, tmp_path, without_torch):
-    path = tmp_path / "base.onnx"
-    result = infer("--weights", base_folder, *SAMPLES, "--export", path, timeout=300)
+def test_base_is_exported_at_full_size(infer, infer_here, base_folder, tmp_path, monkeypatch, without_torch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = infer_here("--weights", base_folder, *SAMPLES, "--export")
     assert result.returncode == 0, result.stderr
-    assert path.stat().st_size > 620e6 and list(tmp_path.iterdir()) == [path]
-    wanted = records(infer("--weights", base_folder, *SAMPLES, "-f", "jsonl"))
-    given = records(infer("-m", path, *SAMPLES, "-f", "jsonl", env=without_torch))
+    (graph,) = tmp_path.glob("wwts/*/graph.onnx")
+    assert graph.stat().st_size < 5e6 and graph.with_name("graph.onnx.data").stat().st_size > 620e6
+    wanted = records(infer_here("--weights", base_folder, *SAMPLES, "-f", "jsonl", "--engine", "torch"))
+    kept = infer("--weights", base_folder, *SAMPLES, "-f", "jsonl", env=without_torch)
+    assert "(ONNX Runtime)" in kept.stderr
+    given = records(kept)
     for ours, theirs in zip(given, wanted, strict=True):
         assert ours["model"] == "wwts_cn_base"
         assert [p["label"] for p in ours["results"]] == [p["label"] for p in theirs["results"]]
