@@ -118,7 +118,9 @@ def wwts_cn_lite(weights="DEFAULT", offline=None):
     # Native size 260 at TensorFlow's crop fraction 0.89, and (x - 127) / 128 on pixels of 0 to 255.
     pixels = dict(resize=292, crop=260, interpolation="bicubic", mean=[127 / 255] * 3, std=[128 / 255] * 3)
     files = [weights, names]
-    return _with_spec(model, sha256, files, name="wwts_cn_lite", num_classes=1000, labels=labels, **pixels)
+    model = _with_spec(model, sha256, files, name="wwts_cn_lite", num_classes=1000, labels=labels, **pixels)
+    model.spec["published_sha256"] = expected_sha256
+    return model
 
 
 def _with_spec(model, weights_sha256, files, **spec):

@@ -31,6 +31,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import queue
 import re
 import shutil
@@ -456,8 +457,10 @@ class TorchEngine:
         # TF32 would cost float32 its promise that CPU and CUDA agree within 1e-3.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
             logits = self.model(inputs.to(self.dtype))
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
-            raise ModelError("模型的输出不是 N×类别数 的张量,它不是图像分类模型")
+        classes = self.spec.get("num_classes")
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if len(shape) != 2 or shape[0] != len(inputs) or classes not in (None, shape[1]):
+            raise ModelError(f"模型的输出是 {shape},而不是 N×{classes or '类别数'} 的张量,它不是图像分类模型")
         return logits
 
     def _count_classes(self) -> int:
@@ -600,7 +603,7 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_we
             dynamo=True,
             verbose=False,
         )
-    kept = {key: value for key, value in spec.items() if key != "files"}
+    kept = {key: value for key, value in spec.items() if key not in ("files", "published_sha256")}
     program.model.metadata_props["wwts_spec"] = json.dumps(kept, ensure_ascii=False)
     program.save(path, external_data=separate_weights)
     graph = OnnxEngine(path, None)
@@ -783,7 +786,7 @@ class Recognizer:
         )
         self.offline = self.offline or os.environ.get("WWTS_OFFLINE", "0") not in ("", "0")
         self.workers = self.workers or min(os.cpu_count() or 1, 16)
-        self._name: str | None = None
+        self.name: str | None = None
         self._engine: TorchEngine | OnnxEngine | None = None
         self._identity: dict[str, Any] | None = None
         self._cache: Cache | None = None
@@ -799,13 +802,13 @@ class Recognizer:
 
     def choose(self) -> str | None:
         """The model's name as far as the file system tells; None if the network is to be asked for base."""
-        if self._name is None:
+        if self.name is None:
             if self.model or self.repo or self.weights or base_weights_here():
-                self._name = self.model or DEFAULT_MODEL
+                self.name = self.model or DEFAULT_MODEL
             elif self.offline:
                 log.warning(NO_BASE)
-                self._name = FALLBACK_MODEL
-        return self._name
+                self.name = FALLBACK_MODEL
+        return self.name
 
     def identify(self) -> dict[str, Any]:
         """Name, num_classes and fingerprint of the model: from the cache if no file changed, else by loading it."""
@@ -822,25 +825,25 @@ class Recognizer:
     def _digest(self) -> str:
         """What decides, beside the content of files, what the chosen model is."""
         paths = [path and os.path.abspath(path) for path in (self.repo, self.weights, self.labels)]
-        name = os.path.abspath(self._name) if self._is_graph() else self._name
+        name = os.path.abspath(self.name) if self._is_graph() else self.name
         places = ["MODELSCOPE_CACHE", "HOME", "USERPROFILE"] if self.weights is None else []
         places = [os.environ.get(variable) for variable in places]
         return _digest(__version__, str(HERE), name, *paths, *places)
 
     def _is_graph(self) -> bool:
-        return str(self._name).endswith(".onnx")
+        return str(self.name).endswith(".onnx")
 
     def kept_graph(self) -> Path:
         """Folder where --export without a name keeps the chosen model's graph and what it was made from."""
-        return cache_folder() / f"{self._name}-{self._digest()[:12]}"
+        return cache_folder() / f"{self.name}-{self._digest()[:12]}"
 
-    def _find_graph(self) -> list[str] | None:
+    def find_graph(self) -> list[str] | None:
         """The graph to run instead of torch, and the files it was made from if they have not changed since."""
         if self._is_graph():
             if self.engine == "torch" or self.device not in ("auto", "cpu"):
                 raise UsageError("ONNX 模型由 ONNX Runtime 在 CPU 上运行,不能与 --engine torch 或 -d 同用")
-            return [self._name]
-        possible = self._name and self.device in ("auto", "cpu") and self.dtype in ("auto", "float32")
+            return [self.name]
+        possible = self.name and self.device in ("auto", "cpu") and self.dtype in ("auto", "float32")
         if self.engine == "onnx" and not possible:
             raise UsageError("--engine onnx 只在 CPU 上以 float32 运行,且要有权重;请去掉 -d 和 --dtype")
         if self.engine == "torch" or not possible or (self.engine == self.device == "auto" and has_nvidia_gpu()):
@@ -858,9 +861,9 @@ class Recognizer:
                 return files
             problem, export = "已导出为 ONNX,但没有 onnxruntime", "要用它加速请运行: pip install onnxruntime"
         if self.engine == "onnx":
-            raise ModelError(f"{self._name} {problem},{export}")
+            raise ModelError(f"{self.name} {problem},{export}")
         if folder.exists():
-            log.info("%s %s,这次用 torch。%s", self._name, problem, export)
+            log.info("%s %s,这次用 torch。%s", self.name, problem, export)
         return None
 
     def load(self) -> TorchEngine | OnnxEngine:
@@ -879,7 +882,7 @@ class Recognizer:
     def _load(self) -> TorchEngine | OnnxEngine:
         labels = None if self.labels is None else read_labels(self.labels)
         self.choose()
-        files = self._find_graph()
+        files = self.find_graph()
         if files is None:
             engine: TorchEngine | OnnxEngine = self._load_torch(labels)
         else:
@@ -890,7 +893,7 @@ class Recognizer:
         log.info("加载模型完成,使用设备: %s", engine.device_name)
         self.batch_size = self.batch_size or (64 if engine.device_name.startswith("cuda") else 8)
         self._identity = {key: engine.spec.get(key) for key in ("name", "num_classes", "fingerprint")}
-        if self._cache and "files" in engine.spec and self._name:
+        if self._cache and "files" in engine.spec and self.name:
             files = _file_states(engine.spec["files"])
             self._cache.put(f"model:{self._digest()}", self._identity | {"files": files})
         return engine
@@ -898,11 +901,11 @@ class Recognizer:
     def _load_torch(self, labels: list[str] | None) -> TorchEngine:
         import_torch()
         source = (self.repo, self.trust_repo, self.weights, self.offline)
-        name = self._name or DEFAULT_MODEL
+        name = self.name or DEFAULT_MODEL
         try:
             model = load_hub_model(name, *source)
         except (FileNotFoundError, ConnectionError) as error:
-            if self._name is not None:
+            if self.name is not None:
                 raise ModelError(_one_line(error)) from error
             log.warning("%s。%s", error, USE_FALLBACK)
             name = FALLBACK_MODEL
@@ -1314,14 +1317,19 @@ class _Parser(argparse.ArgumentParser):
 
 class _VersionAction(argparse.Action):
     def __call__(self, parser, *arguments):
-        from importlib.metadata import PackageNotFoundError, version
-
-        versions = [f"infer.py {__version__}", f"Python {sys.version.split()[0]}"]
-        for package in ("torch", "torchvision", "pillow", "onnxruntime"):
-            with contextlib.suppress(PackageNotFoundError):
-                versions.append(f"{package} {version(package)}")
-        print(", ".join(versions))
+        print(", ".join(f"{name} {version}" for name, version in package_versions().items()))
         parser.exit()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this program, of Python and of those packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"infer.py": __version__, "Python": platform.python_version()}
+    for package in ("torch", "torchvision", "pillow", "numpy", "onnxruntime"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _at_least(kind: type, low: float, high: float = float("inf")):
@@ -1369,6 +1377,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--engine", metavar="ENGINE", choices=ENGINES, default="auto", help="auto、torch、onnx [auto: 见 --export]")
     export_help = "导出为 ONNX;不写 FILE 则存入用户缓存文件夹,此后没有 NVIDIA 显卡时自动使用"
     add("--export", metavar="FILE.onnx", nargs="?", const="", help=export_help)
+    add("--check", action="store_true", help="检查机器、安装和模型,逐项打 ✓ 或 ✗")
     add("--bench", action="store_true", help="测速: 冷启动、延迟、吞吐、解码、内存 [用自带示例图片]")
     add(
         "--price-per-hour", metavar="YUAN", type=_at_least(float, 0), help="机器每小时的价钱(元),测速时折算每千张的费用"
@@ -1382,6 +1391,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("-o", "--output", metavar="FILE", help="结果写入这个 .jsonl 或 .csv 文件")
     add("--resume", action="store_true", help="接着写 -o 的文件,跳过已有记录的图片")
     add("--overwrite", action="store_true", help="覆盖 -o 的文件")
+    add(
+        "--expect",
+        metavar="LABEL",
+        action="append",
+        help="每张图的前 K 个标签里应有它(可写多个,有一个即可),否则退出状态 1",
+    )
     add("--cache", metavar="FILE|redis://…", nargs="?", const="", help="缓存结果,同一图片不再重算 [用户缓存文件夹]")
     add("-q", "--quiet", action="store_true", help="不显示 [INFO] 信息和进度")
     add("--version", action=_VersionAction, nargs=0, help="显示版本")
@@ -1429,10 +1444,20 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.export is not None:
         return run_export(recognizer, arguments)
-    if arguments.bench:
-        return run_bench(recognizer, arguments)
+    if arguments.check or arguments.bench:
+        if arguments.format == "csv":
+            raise UsageError("--check 和 --bench 的格式只有 text 和 jsonl")
+        return (run_check if arguments.check else run_bench)(recognizer, arguments)
     if not arguments.inputs:
         raise UsageError("缺少参数: 图片。用法见: python infer.py --help")
+    if arguments.expect:
+        if arguments.resume:
+            raise UsageError("--expect 不能与 --resume 同用: 已有记录的图片不会再看")
+        unknown = set(arguments.expect) - set(recognizer.load().spec["labels"])
+        if unknown:
+            raise UsageError(
+                f"{recognizer.name} 没有这些标签: {','.join(sorted(unknown))}。--expect 应写模型自己的标签"
+            )
     counts: collections.Counter = collections.Counter()
 
     def images() -> Iterator[str]:
@@ -1470,6 +1495,9 @@ def run(arguments: argparse.Namespace) -> int:
                 file.flush()
                 head = ""
                 counts.update(done=1, failed=result.error is not None, cached=result.cached)
+                if arguments.expect and not {p.label for p in result.predictions} & set(arguments.expect):
+                    counts["unexpected"] += 1
+                    log.error("%s: 答案里没有 %s", printable(result.path), " 或 ".join(arguments.expect))
                 advance(counts["failed"])
     if counts["found"] > 1 or output is not None:
         log.info(
@@ -1481,7 +1509,7 @@ def run(arguments: argparse.Namespace) -> int:
     if signals:
         log.warning("已中断。%s", f"加上 --resume 再运行,会接着写 {output.path}" if output else "再运行会从头开始")
         return 128 + signals[0]
-    return 1 if counts["failed"] or (output is not None and output.failures) else 0
+    return 1 if counts["failed"] or counts["unexpected"] or (output is not None and output.failures) else 0
 
 
 def run_export(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
@@ -1493,7 +1521,7 @@ def run_export(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
         raise UsageError("导出时要用几张照片核对结果,请在命令里给出")
     recognizer = dataclasses.replace(recognizer, engine="torch", device="cpu", dtype="float32")
     engine = recognizer.load()
-    recognizer._name = engine.spec["name"]
+    recognizer.name = engine.spec["name"]
     path = Path(arguments.export) if arguments.export else recognizer.kept_graph()
     if not arguments.export and "files" not in engine.spec:
         raise UsageError("这个模型没有说明它由哪些文件构成,无法得知权重是否变化;请写明导出的文件名,再用 -m 指定它")
@@ -1521,71 +1549,357 @@ def run_bench(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
     pixels = list(_read_pixels(photos[:64], engine.spec))
     cuda = engine.device_name.startswith("cuda")
     sizes = [1, 2, 4, 8, 16] + [32, 64, 128, 256] * cuda
-    rows: list[tuple[str, float, str]] = []
-    with _bar(2 * len(sizes) + 6, "项", show=sys.stderr.isatty() and not arguments.quiet) as bar:
+    many = list(itertools.islice(itertools.cycle(photos), 256))
+    options = ("model", "repo", "weights", "labels", "device", "dtype", "engine")
+    command = [f"--{name}={getattr(recognizer, name)}" for name in options if getattr(recognizer, name)]
+    command += ["--trust-repo"] * recognizer.trust_repo + ["--offline"] * recognizer.offline
 
-        def note(name: str, value: float, unit: str) -> float:
-            rows.append((name, value, unit))
-            bar.update()
-            return value
-
-        def rate(work: Callable[[], int]) -> float:
-            work()  # the first time allocates and plans
-            start, done = time.perf_counter(), 0
-            while (seconds := time.perf_counter() - start) < 1 or not done:
-                done += work()
-            return done / seconds
-
-        options = ("model", "repo", "weights", "labels", "device", "dtype", "engine")
-        command = [f"--{name}={getattr(recognizer, name)}" for name in options if getattr(recognizer, name)]
-        command += ["--trust-repo"] * recognizer.trust_repo + ["--offline"] * recognizer.offline
+    def measure() -> Iterator[tuple[str, float, str]]:
         start = time.perf_counter()
         subprocess.run([sys.executable, __file__, "-q", *command, photos[0]], capture_output=True)
-        note("冷启动到第一个答案", time.perf_counter() - start, "秒")
-        seconds = []
-        for _ in range(40):
-            start = time.perf_counter()
-            engine.classify(pixels[:1], recognizer.topk)
-            seconds.append(time.perf_counter() - start)
-        seconds = sorted(seconds[10:])
-        note("单张延迟 p50", seconds[len(seconds) // 2] * 1000, "毫秒")
-        note("单张延迟 p95", seconds[int(len(seconds) * 0.95)] * 1000, "毫秒")
-        engine_rate = 0.0
+        yield "冷启动到第一个答案", time.perf_counter() - start, "秒"
+        seconds = _latencies(engine, pixels[0])
+        yield "单张延迟 p50", seconds[len(seconds) // 2] * 1000, "毫秒"
+        yield "单张延迟 p95", seconds[int(len(seconds) * 0.95)] * 1000, "毫秒"
+        rates = []
         for size in sizes:
             batch = list(itertools.islice(itertools.cycle(pixels), size))
-            speed = rate(lambda batch=batch: len(engine.classify(batch, recognizer.topk)))
-            engine_rate = max(engine_rate, note(f"模型计算,每批 {size} 张", speed, "张/秒"))
-        many = list(itertools.islice(itertools.cycle(photos), 64))
+            rates.append(_rate(lambda batch=batch: len(engine.classify(batch, recognizer.topk))))
+            yield f"模型计算,每批 {size} 张", rates[-1], "张/秒"
         with ThreadPoolExecutor(recognizer.workers) as pool:
-            decode_rate = rate(
-                lambda: len(list(pool.map(lambda photo: list(_read_pixels([photo], engine.spec)), many)))
-            )
-        note(f"解码和缩放,{recognizer.workers} 个线程", decode_rate, "张/秒")
-        end_to_end = rate(lambda: sum(1 for _ in recognizer.stream(itertools.chain(many, many, many, many))))
-        note("端到端(解码、缩放、计算)", end_to_end, "张/秒")
+            read = functools.partial(pool.map, lambda photo: list(_read_pixels([photo], engine.spec)))
+            decode_rate = _rate(lambda: len(list(read(many[:64]))))
+        yield f"解码和缩放,{recognizer.workers} 个线程", decode_rate, "张/秒"
+        end_to_end = _rate(lambda: sum(1 for _ in recognizer.stream(many)))
+        limit = "解码" if decode_rate < max(rates) else "模型计算"
+        yield f"端到端(解码、缩放、计算),受限于{limit}", end_to_end, "张/秒"
         with contextlib.suppress(ImportError):  # not on Windows
             import resource
 
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-            note("内存峰值", peak, "MiB")
+            yield "内存峰值", peak, "MiB"
         if cuda:
             import torch
 
-            note("显存峰值", torch.cuda.max_memory_allocated() / 2**20, "MiB")
+            yield "显存峰值", torch.cuda.max_memory_allocated() / 2**20, "MiB"
         if arguments.price_per_hour is not None:
-            note("每千张费用", arguments.price_per_hour / 3600 / end_to_end * 1000, "元")
-            note("商用 API 每千张费用(0.003 元一次)", 3.0, "元")
-            note("商用 API 一次调用(对比单张延迟)", 150.0, "毫秒")
+            yield "每千张费用", arguments.price_per_hour / 3600 / end_to_end * 1000, "元"
+            yield "商用 API 每千张费用(0.003 元一次)", 3.0, "元"
+            yield "商用 API 一次调用(对比单张延迟)", 150.0, "毫秒"
+
     identity = {"model": engine.spec["name"], "device": engine.device_name}
+    with _bar(None, "项", show=sys.stderr.isatty() and not arguments.quiet) as bar:
+        rows = [row for row in measure() if bar.update() or True]
     for name, value, unit in rows:
         if arguments.format == "jsonl":
             print(json.dumps(identity | {"measurement": name, "value": value, "unit": unit}, ensure_ascii=False))
         else:
             width = 44 - sum(unicodedata.east_asian_width(c) in "WF" for c in name)
             print(f"{name:<{width}}{value:>12.4g} {unit}")
-    limit = "解码" if decode_rate < engine_rate else "模型计算"
-    log.info("%s,%s: 端到端速度受限于%s", identity["model"], identity["device"], limit)
     return 0
+
+
+def _latencies(engine: TorchEngine | OnnxEngine, pixels: numpy.ndarray) -> list[float]:
+    """Seconds that one image takes, sorted, after a few to warm up."""
+    seconds = []
+    for _ in range(25):
+        start = time.perf_counter()
+        engine.classify([pixels], 5)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[5:])
+
+
+def _rate(work: Callable[[], int]) -> float:
+    """What work does in a second, as it counts itself."""
+    work()  # the first time allocates and plans
+    start, done = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < 1:
+        done += work()
+    return done / seconds
+
+
+# ---------------------------------------------------------------- check
+
+
+class Skipped(Exception):
+    """A check that cannot be made here, and why."""
+
+
+# The reference package's answers to samples/ with these weights (efficientnet-lite-pytorch 0.1.0).
+LITE_ANSWERS = {
+    "cat.jpg": (285, "埃及猫", 0.579),
+    "coffee.jpg": (967, "浓缩咖啡", 0.878),
+    "palace.jpg": (698, "宫殿", 0.399),
+    "tripod.jpg": (872, "三脚架", 0.615),
+}
+# Milliseconds for one image with torch: CPU, measured on 2 cores; CUDA, what launching the kernels takes.
+USUAL_LATENCY = {
+    (FALLBACK_MODEL, "cpu"): 40,
+    (DEFAULT_MODEL, "cpu"): 250,
+    (FALLBACK_MODEL, "cuda"): 10,
+    (DEFAULT_MODEL, "cuda"): 25,
+}
+REINSTALL = "请运行: pip install --force-reinstall torch torchvision"
+BROKEN = "权重、标签、预处理或机器有问题: 请先看以上各行,再重新安装 requirements.txt"
+
+
+class Check:
+    """What --check looks at: each method returns what it found, raises Skipped, or raises what is wrong.
+
+    Photos are those of samples/.
+    """
+
+    def __init__(self, recognizer: Recognizer):
+        graph = str(recognizer.model).endswith(".onnx")
+        self.recognizer = recognizer if graph else dataclasses.replace(recognizer, engine="torch")
+        self.photos = sorted(str(path) for path in (HERE / "samples").glob("*.jpg"))
+        self._engine: TorchEngine | OnnxEngine | None = None
+
+    @property
+    def engine(self) -> TorchEngine | OnnxEngine:
+        """The engine under examination."""
+        if self._engine is None:
+            raise Skipped("模型没有加载")
+        return self._engine
+
+    @functools.cached_property
+    def pixels(self) -> list[numpy.ndarray]:
+        """The photos, preprocessed."""
+        if not self.photos:
+            raise Skipped(f"没有示例图片 {HERE / 'samples'}")
+        return list(_read_pixels(self.photos, self.engine.spec))
+
+    def confidences(self, batch: list[numpy.ndarray], engine: TorchEngine | OnnxEngine | None = None) -> numpy.ndarray:
+        """N×classes confidences of preprocessed images; raises ModelError if one is not finite."""
+        import numpy
+
+        engine = engine or self.engine
+        rows = numpy.zeros((len(batch), engine.spec["num_classes"]), numpy.float32)
+        for row, answer in zip(rows, engine.classify(batch, rows.shape[1]), strict=True):
+            if not answer:
+                raise ModelError("输出了 NaN 或无穷大。可改用 --dtype float32;仍然如此则权重或机器有问题")
+            indices, values = zip(*answer, strict=True)
+            row[list(indices)] = values
+        return rows
+
+    def agree(self, ours: numpy.ndarray, theirs: numpy.ndarray, tolerance: float, remedy: str) -> str:
+        """The largest difference of two arrays of confidences; raises ModelError if it or a top-1 is off."""
+        difference = float(abs(ours - theirs).max())
+        found = f"置信度最多相差 {difference:.1g}"
+        if difference > tolerance or (tolerance < 0.01 and (ours.argmax(1) != theirs.argmax(1)).any()):
+            raise ModelError(f"{found}(应不超过 {tolerance:g})。{remedy}")
+        return found
+
+    @property
+    def tolerance(self) -> float:
+        """How far confidences may be apart in the engine's precision."""
+        return 0.03 if str(getattr(self.engine, "dtype", "")).endswith("float16") else 1e-3
+
+    def versions(self) -> str:
+        """Of Python and the packages; each at least what requirements.txt asks for."""
+        import_torch()
+        found = package_versions()
+        requirements = HERE / "requirements.txt"
+        lines = requirements.read_text().splitlines() if requirements.is_file() else []
+        for name, least in (line.split(">=") for line in lines if ">=" in line):
+            has, wants = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (found.get(name, "9999"), least))
+            if has < wants:
+                raise ModelError(f"{name} {found[name]} 太旧,请运行: pip install '{name}>={least}'")
+        try:
+            import torchvision  # noqa: F401
+        except Exception as error:  # what a mismatched build raises is of any kind
+            raise ModelError(f"torchvision 无法导入({_one_line(error)})。{REINSTALL}") from error
+        return ",".join(f"{name} {version}" for name, version in found.items())
+
+    def device(self) -> str:
+        """That computes, with its memory, driver and CUDA."""
+        torch = import_torch()
+        device = choose_device(self.recognizer.device)
+        if device.type == "cuda":
+            free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+            driver = "未知"
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+                driver = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()[0]
+            name = f"{device} {torch.cuda.get_device_name(device)}"
+            return f"{name},显存 {total:.1f} GiB(空闲 {free:.1f}),CUDA {torch.version.cuda},驱动 {driver}"
+        if self.recognizer.device == "auto" and has_nvidia_gpu():
+            raise ModelError(f"有 NVIDIA 显卡,但 torch {torch.__version__} 用不了它。{REINSTALL}")
+        memory = ""
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
+            memory = f",内存 {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+        return f"{device} {platform.machine()},{os.cpu_count()} 核{memory}"
+
+    def weights(self) -> str:
+        """Load the model; its file has the SHA-256 that was published, or that an earlier check recorded."""
+        self._engine = self.recognizer.load()
+        spec = self._engine.spec
+        self.recognizer.name = spec["name"]
+        if "files" not in spec:
+            raise Skipped("这个模型没有说明权重在哪个文件里")
+        path = spec["files"][0]
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        found = f"{path},{os.path.getsize(path) / 1e6:.1f} MB,SHA-256 {sha256}"
+        if spec.get("published_sha256"):
+            if sha256 != spec["published_sha256"]:
+                raise ModelError(f"{found},与公布的不同。请重新安装或下载")
+            return f"{found},与公布的一致"
+        record = cache_folder() / f"checked-{_digest(path)}.txt"
+        if not record.is_file():
+            with _replacing(record) as folder:
+                (folder / record.name).write_text(sha256)
+            return f"{found},没有公布的值可比,已记下供下次比较"
+        if record.read_text() != sha256:
+            raise ModelError(f"{found},与上次检查时不同。不是您换的就请重新下载;是您换的,请删除 {record}")
+        return f"{found},与上次检查时一致"
+
+    def parameters(self) -> str:
+        """Are all finite, also in the precision that the engine computes in."""
+        if isinstance(self.engine, OnnxEngine):
+            raise Skipped("ONNX 的参数在图里")
+        state = self.engine.model.state_dict()
+        bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+        if bad:
+            raise ModelError(
+                f"{len(bad)} 组参数含有 NaN 或无穷大,第一组是 {bad[0]}。请重新下载权重,或用 --dtype float32"
+            )
+        return f"{sum(value.numel() for value in state.values()):,} 个参数和统计量都是有限数"
+
+    def labels(self) -> str:
+        """One for each output, none empty, none twice; of base's many names twice the number is told."""
+        labels, outputs = self.engine.spec["labels"], self.engine.spec["num_classes"]
+        empty = sum(not label.strip() for label in labels)
+        duplicates = len(labels) - len(set(labels))
+        found = f"{len(labels):,} 个标签,{outputs:,} 个输出,空名 {empty} 个,重名 {duplicates} 个"
+        if len(labels) != outputs or empty or (duplicates and self.engine.spec["name"] != DEFAULT_MODEL):
+            raise ModelError(f"{found}。请换用与权重配套的标签文件")
+        return found
+
+    def preprocessing(self) -> str:
+        """Gives the very numbers that torchvision.transforms gives."""
+        import numpy
+        import torch
+        from torchvision import transforms
+
+        spec = self.engine.spec
+        interpolation = transforms.InterpolationMode[spec["interpolation"].upper()]
+        resize_and_crop = transforms.Compose(
+            [transforms.Resize(spec["resize"], interpolation), transforms.CenterCrop(spec["crop"])]
+        )
+        normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec["mean"], spec["std"])])
+        for photo, pixels in zip(self.photos, self.pixels, strict=True):
+            with open_image(photo) as file:
+                image = resize_and_crop(decode_image(file))
+            same = numpy.array_equal(numpy.asarray(image), pixels)
+            if isinstance(self.engine, TorchEngine):
+                same = same and torch.equal(self.engine.normalize(numpy.stack([pixels]))[0].cpu(), normalize(image))
+            if not same:
+                raise ModelError(
+                    f"{photo} 预处理之后与 torchvision 的不同。请运行: pip install --force-reinstall pillow"
+                )
+        return f"{len(self.photos)} 张照片与 torchvision 逐位相同"
+
+    def samples(self) -> str:
+        """Are recognised as the reference package does; other models must be finite, sure of something, and differ."""
+        rows = self.confidences(self.pixels)
+        labels = self.engine.spec["labels"]
+        names = [os.path.basename(photo) for photo in self.photos]
+        found = ",".join(f"{n} {labels[row.argmax()]} {row.max():.3f}" for n, row in zip(names, rows, strict=True))
+        if self.engine.spec["name"] == FALLBACK_MODEL:
+            for row, (index, label, confidence) in zip(rows, map(LITE_ANSWERS.get, names), strict=True):
+                known = label if self.recognizer.labels is None else labels[index]
+                if labels[row.argmax()] != known or abs(row[index] - confidence) > max(self.tolerance, 5e-3):
+                    raise ModelError(f"{found};应有 {label} {confidence}。{BROKEN}")
+        elif any(row.max() < 2 / len(row) for row in rows) or len({row.tobytes() for row in rows}) < len(rows):
+            raise ModelError(f"{found};结果没有把握,或各图都一样。{BROKEN}")
+        return found
+
+    def batches(self) -> str:
+        """An image gets the same answer alone and among others."""
+        alone = self.confidences(self.pixels[:1])
+        among = self.confidences([*self.pixels[1:], *self.pixels * 2])[len(self.pixels) - 1 :][:1]
+        return self.agree(alone, among, self.tolerance, REINSTALL)
+
+    def twice(self) -> str:
+        """The same batch gets the same answer again."""
+        first, second = self.confidences(self.pixels), self.confidences(self.pixels)
+        return self.agree(first, second, 1e-6, "同样的输入结果不稳定,内存或显卡可能有故障,建议换一台机器")
+
+    def cuda(self) -> str:
+        """CPU and CUDA agree in float32."""
+        if not self.engine.device_name.startswith("cuda"):
+            raise Skipped("没有使用 CUDA")
+        replace = functools.partial(dataclasses.replace, self.recognizer, engine="torch", dtype="float32")
+        rows = [
+            self.confidences(self.pixels, replace(device=device).load()) for device in ("cpu", self.recognizer.device)
+        ]
+        return self.agree(*rows, 1e-3, "显卡或驱动可能有故障,建议换一台机器")
+
+    def onnx(self) -> str:
+        """The exported graph agrees with torch on the CPU."""
+        if isinstance(self.engine, OnnxEngine):
+            raise Skipped("正在检查的就是 ONNX")
+        name = self.engine.spec["name"]
+        exported = dataclasses.replace(self.recognizer, engine="onnx", device="cpu", dtype="float32", model=name)
+        try:
+            exported.choose()
+            exported.find_graph()
+        except ModelError as error:
+            raise Skipped(str(error)) from error
+        rows = [self.confidences(self.pixels), self.confidences(self.pixels, exported.load())]
+        return self.agree(*rows, self.tolerance, "请重新导出: python infer.py --export")
+
+    def speed(self) -> str:
+        """Of one image and of batches, against what is usual for model and device."""
+        latencies = [seconds * 1000 for seconds in _latencies(self.engine, self.pixels[0])]
+        batch = (self.pixels * 16)[: self.recognizer.batch_size]
+        rate = _rate(lambda: len(self.engine.classify(batch, 5)))
+        found = f"单张 {latencies[len(latencies) // 2]:.1f} 毫秒,每批 {len(batch)} 张时 {rate:.1f} 张/秒"
+        usual = USUAL_LATENCY.get((self.engine.spec["name"], self.engine.device_name.partition(":")[0]))
+        if usual and latencies[0] > 10 * usual:  # the best, since others may use the machine too
+            raise ModelError(f"{found};单张通常约 {usual} 毫秒。请看有没有别的程序在用处理器或显卡,或换一台机器")
+        return found + (f"(单张通常约 {usual} 毫秒)" if usual else "")
+
+
+CHECKS = {
+    Check.versions: "版本",
+    Check.device: "设备",
+    Check.weights: "权重",
+    Check.parameters: "参数",
+    Check.labels: "标签",
+    Check.preprocessing: "预处理",
+    Check.samples: "示例图片",
+    Check.batches: "单张与成批",
+    Check.twice: "同一批两次",
+    Check.cuda: "CPU 与 CUDA",
+    Check.onnx: "torch 与 ONNX",
+    Check.speed: "速度",
+}
+
+
+def run_check(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
+    """Examine machine, installation and model, a line each; exit status 3 if anything is wrong."""
+    check = Check(recognizer)
+    marks = {"ok": "✓", "failed": "✗", "skipped": "- 跳过"}
+    counts = dict.fromkeys(marks, 0)
+    for method, title in CHECKS.items():
+        try:
+            status, detail = "ok", method(check)
+        except Skipped as reason:
+            status, detail = "skipped", str(reason)
+        except ModelError as error:
+            status, detail = "failed", str(error)
+        except Exception as error:  # a broken installation raises anything
+            status, detail = "failed", f"{type(error).__name__}: {_one_line(error)}。{REINSTALL}"
+        counts[status] += 1
+        if arguments.format == "jsonl":
+            record = {"check": method.__name__, "status": status, "detail": detail, "model": check.recognizer.name}
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        else:
+            print(f"{marks[status]} {title}: {printable(detail)}", flush=True)
+    log.info("%s: %d 项通过,%d 项不通过,%d 项跳过", check.recognizer.name or "模型没有加载", *counts.values())
+    return 3 if counts["failed"] else 0
 
 
 @contextlib.contextmanager
