@@ -24,7 +24,6 @@ import pickle
 import socket
 import threading
 import urllib.parse
-import urllib.request
 import zipfile
 
 import torch
@@ -49,6 +48,18 @@ _LITE_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d
 
 # Wait this long for the first sign of a network before saying that there is none.
 _CONNECT_SECONDS = 2.0
+
+# What modelscope_hub reads from the environment: where nothing moves it gives up within a minute, after four
+# tries of 10 seconds and the pauses between them, but a slow download may take a day.
+_CLIENT_LIMITS = {
+    "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "10",
+    "MODELSCOPE_DOWNLOAD_TIMEOUT": "10",
+    "MODELSCOPE_DOWNLOAD_LOW_SPEED_WINDOW_SECONDS": "10",
+    "MODELSCOPE_DOWNLOAD_RETRY_MAX_DELAY_SECONDS": "10",
+    "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "3",
+    "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "86400",
+    "MODELSCOPE_DOWNLOAD_FILE_LOCK_TIMEOUT_SECONDS": "86400",
+}
 
 
 # ---------------------------------------------------------------- entry points
@@ -149,26 +160,39 @@ def _download_base(offline):
     """Download into ModelScope's cache, whose client resumes and checks sizes and hashes; return the folder."""
     if offline:
         raise FileNotFoundError(f"本机没有 wwts_cn_base 的权重,且处于离线模式。{_GET_BASE}")
+    for name, value in _CLIENT_LIMITS.items():
+        os.environ.setdefault(name, value)
     try:
-        from modelscope_hub import HubApi, get_default_config
+        # FileDownloadError came with 0.5; before it a failed download looked like a success.
+        from modelscope_hub import FileDownloadError, HubApi, HubConfig
     except ImportError as error:
         raise FileNotFoundError(
-            "本机没有 wwts_cn_base 的权重,要自动下载请先运行: pip install modelscope-hub"
+            "本机没有 wwts_cn_base 的权重,要自动下载请先运行: pip install -U modelscope-hub"
         ) from error
     # The client's own lines are in English and name no remedy; what went wrong is said below.
     logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
-    endpoint = get_default_config().endpoint
-    if not _reachable(endpoint):
-        raise ConnectionError(f"本机没有 wwts_cn_base 的权重,也连不上 {endpoint}。{_GET_BASE}")
-    logging.getLogger("wwts").info("正在从 %s 下载 wwts_cn_base 的权重(约 630 MB,只需一次)", endpoint)
+    config = HubConfig()
+    if not _reachable(config.endpoint):
+        raise ConnectionError(f"本机没有 wwts_cn_base 的权重,也连不上 {config.endpoint}。{_GET_BASE}")
+    logging.getLogger("wwts").info("正在从 %s 下载 wwts_cn_base 的权重(约 630 MB,只需一次)", config.endpoint)
+    cause, advice = None, f"请检查网络(可能要先登录或设置代理),再次运行会接着下载。{_GET_BASE}"
     try:
-        folder = HubApi().download_repo(_BASE_ID, "model", allow_patterns=list(_BASE_FILES))
-        for file in _BASE_FILES:
-            (folder / file).stat()
+        api = HubApi(config)
+        listed = {file.path: file for file in api.list_repo_files(_BASE_ID, "model")}
+        # A size is the least that tells a file from a login page sent in its place.
+        files = [listed[name] for name in _BASE_FILES if name in listed and listed[name].size > 0]
+        if len(files) == len(_BASE_FILES):
+            files = [{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in files]
+            return api.download_repo(_BASE_ID, "model", file_list=files)
+        reason = "服务器的文件清单不完整"
     except Exception as error:  # whatever a server can make the client raise is a failed download
-        cause = next(iter(getattr(error, "failed_files", {}).values()), error)
-        raise ConnectionError(f"wwts_cn_base 的权重下载失败({cause})。再次运行会接着下载。{_GET_BASE}") from error
-    return folder
+        cause = next(iter(error.failed_files.values())) if isinstance(error, FileDownloadError) else error
+        # Only its class and status: the text has addresses, pages of HTML and several lines.
+        reason = " ".join([type(cause).__name__, str(getattr(cause, "status_code", "") or "")]).strip()
+        if isinstance(cause, OSError) and cause.errno:  # of the disk, since those of the network come without
+            reason = f"{config.cache_dir} 写不进去: {cause.strerror}"
+            advice = "请腾出空间、检查权限,或用环境变量 MODELSCOPE_CACHE 换一个文件夹,再次运行会接着下载"
+    raise ConnectionError(f"wwts_cn_base 的权重下载失败({reason})。{advice}") from cause
 
 
 def _reachable(url):
@@ -176,11 +200,11 @@ def _reachable(url):
 
     In a thread of its own, since no time limit can be put on resolving a host name.
     """
-    parts = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if proxy and not urllib.request.proxy_bypass(parts.hostname):
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    address = (parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80))
+    from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
+
+    proxy = select_proxy(url, get_environ_proxies(url))
+    parts = urllib.parse.urlsplit(prepend_scheme_if_needed(proxy, "http") if proxy else url)
+    address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
     connected = threading.Event()
 
     def connect():

@@ -1,11 +1,13 @@
 """Fixtures: infer.py in a process of its own, a full-size wwts_cn_base made here, a ModelScope server on loopback."""
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,14 +103,24 @@ def base_folder(tmp_path_factory):
     return folder
 
 
+LOGIN_PAGE = b"<html><title>Login</title>\n<body>please log in</body></html>"
+
+
 class ModelScopeServer:
-    """ModelScope's file API on loopback for one model; ``files`` is what it lists, ``sent`` what it really sends."""
+    """ModelScope's file API on loopback for one model.
+
+    ``files`` is what it lists and ``sent`` what it really sends; ``answers`` maps "listing" or the name of a
+    file to a function that takes the request handler and answers in another way.
+    """
 
     def __init__(self, folder: Path):
         self.files = {name: (folder / name).read_bytes() for name in ("pytorch_model.pt", "meta_info.txt")}
         self.sent: dict[str, bytes] = {}
-        self.hashes = True
+        self.answers: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
+        self.metadata = ("Size", "Sha256")
         self.requests: list[str] = []
+        self.ranges: list[str] = []
+        self.closed = threading.Event()
         self._digests: dict[int, str] = {}
         outer = self
 
@@ -117,48 +129,60 @@ class ModelScopeServer:
 
             def do_GET(self):
                 outer.requests.append(self.path)
+                outer.ranges += self.headers.get_all("Range", [])
                 parts = urlsplit(self.path)
-                query = {key: values[0] for key, values in parse_qs(parts.query).items()}
-                if parts.path.endswith("/repo/files"):
-                    body = json.dumps({"Code": 200, "Success": True, "Data": {"Files": outer.listing()}}).encode()
-                    self.reply(200, body)
-                elif parts.path.endswith("/repo") and query.get("FilePath") in outer.files:
-                    name = query["FilePath"]
-                    body = outer.sent.get(name, outer.files[name])
-                    start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-                    if start:
-                        span = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
-                        self.reply(206, body[start:], span)
-                    else:
-                        self.reply(200, body)
+                name = parse_qs(parts.query).get("FilePath", ["listing"])[0]
+                if parts.path == "/login":
+                    self.reply(200, LOGIN_PAGE, {"Content-Type": "text/html"})
+                elif parts.path.endswith(("/repo/files", "/repo")):
+                    self.body = outer.body(name)
+                    outer.answers.get(name, Handler.answer)(self)
                 else:
                     self.reply(404, b"{}")
+
+            def answer(self):
+                start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+                if self.body is None:
+                    self.reply(404, b"{}")
+                elif start:
+                    span = {"Content-Range": f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"}
+                    self.reply(206, self.body[start:], span)
+                else:
+                    self.reply(200, self.body)
 
             def reply(self, status, body, headers=None):
                 self.send_response(status)
                 for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(ConnectionError):  # a client may have read enough
+                    self.wfile.write(body)
 
             def log_message(self, *arguments):
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.closed = self.closed
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # It looks that often whether it is to stop; the default is half a second.
+        threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
+
+    def body(self, name):
+        if name == "listing":
+            return json.dumps({"Code": 200, "Success": True, "Data": {"Files": self.listing()}}).encode()
+        return self.sent.get(name, self.files.get(name))
 
     def listing(self):
         entries = []
         for name, body in self.files.items():
-            entry = {"Path": name, "Name": name, "Type": "blob", "Size": len(body)}
-            if self.hashes:
-                digest = self._digests.get(id(body)) or hashlib.sha256(body).hexdigest()
-                entry["Sha256"] = self._digests[id(body)] = digest
-            entries.append(entry)
+            digest = self._digests.get(id(body)) or hashlib.sha256(body).hexdigest()
+            self._digests[id(body)] = digest
+            metadata = {"Size": len(body), "Sha256": digest}
+            entries.append({"Path": name, "Name": name, "Type": "blob"} | {key: metadata[key] for key in self.metadata})
         return entries
 
     def close(self):
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -166,6 +190,18 @@ class ModelScopeServer:
 @pytest.fixture
 def modelscope(base_folder):
     server = ModelScopeServer(base_folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def small_modelscope(tmp_path):
+    """The same with files of a few hundred kilobytes, for what goes wrong before anything is loaded."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for name, size in (("pytorch_model.pt", 300_000), ("meta_info.txt", 20_000)):
+        (folder / name).write_bytes(np.random.default_rng(size).bytes(size))
+    server = ModelScopeServer(folder)
     yield server
     server.close()
 
