@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import pathlib
-import pickle
 import socket
 import threading
 import urllib.parse
@@ -236,13 +235,19 @@ def _load_checkpoint(model, path, expected_sha256=None):
     """
     if not path.is_file():
         raise ValueError(f"找不到权重文件 {path}")
+    # Leaving the with-block early closes the file, which ends the reading of however large a file.
     with concurrent.futures.ThreadPoolExecutor(1) as executor, path.open("rb") as file:
         digest = executor.submit(hashlib.file_digest, file, "sha256")
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"权重文件 {path} 无法读取(不完整,或不是 PyTorch 权重): {reason}。请重新下载") from error
+            mmap = zipfile.is_zipfile(path)
+            # torch.save never compresses; what is compressed may be a bomb, and cannot be mapped.
+            if mmap and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+                raise ValueError("compressed")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:  # there is no end of ways in which bytes can be no checkpoint
+            # Not the text: torch's tells how to load the file in spite of all.
+            reason = f"不完整,或不是 PyTorch 权重: {type(error).__name__}"
+            raise ValueError(f"权重文件 {path} 无法读取({reason})。若是下载来的,请删除后重新下载") from error
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
             checkpoint = checkpoint["state_dict"]
         try:
@@ -263,7 +268,7 @@ def _assign(model, checkpoint):
         # DataParallel and its kin leave "module." at the front or between two names.
         plain = ".".join(part for part in str(key).split(".") if part != "module")
         if plain in given:
-            raise ValueError(f"参数 {plain} 出现了两次")
+            raise ValueError(f"参数 {plain!r:.80} 出现了两次")
         given[plain] = value
     state = {}
     for key, expected in model.state_dict().items():
@@ -274,14 +279,17 @@ def _assign(model, checkpoint):
             raise ValueError(f"缺少参数 {key}")
         if value.shape != expected.shape:
             raise ValueError(f"参数 {key} 的形状是 {list(value.shape)},应为 {list(expected.shape)}")
-        if value.is_floating_point() != expected.is_floating_point():
-            raise ValueError(f"参数 {key} 的类型是 {value.dtype},应为 {expected.dtype}")
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not plain or value.is_floating_point() != expected.is_floating_point():
+            kind = f"{value.dtype}({value.layout}, {value.device})"
+            raise ValueError(f"参数 {key} 的类型是 {kind},应为 {expected.dtype}")
+        value = value.to(expected.dtype)
         # The least and the greatest are NaN if any value is: one pass, no copy of 629 MB.
         if expected.is_floating_point() and not torch.stack(torch.aminmax(value)).isfinite().all():
             raise ValueError(f"参数 {key} 含有 NaN 或无穷大")
-        state[key] = value.to(expected.dtype)
+        state[key] = value
     if given:
-        raise ValueError(f"多出了参数 {next(iter(given))},这不是 {type(model).__name__.strip('_')} 的权重")
+        raise ValueError(f"多出了参数 {next(iter(given))!r:.80},这不是 {type(model).__name__.strip('_')} 的权重")
     model.load_state_dict(state, assign=True)
 
 

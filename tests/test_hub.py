@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -161,12 +163,12 @@ def spoil_integers(state):
 
 def spoil_extra(state):
     state["extra.weight"] = torch.zeros(1)
-    return "多出了参数 extra.weight"
+    return "多出了参数 'extra.weight'"
 
 
 def spoil_twice(state):
     state["module._fc.bias"] = state["_fc.bias"]
-    return "参数 _fc.bias 出现了两次"
+    return "参数 '_fc.bias' 出现了两次"
 
 
 def spoil_not_a_tensor(state):
@@ -174,6 +176,37 @@ def spoil_not_a_tensor(state):
     return "缺少参数 _fc.bias"
 
 
+def spoil_beyond_float32(state):
+    state["_fc.bias"] = torch.full((1000,), 1e300, dtype=torch.float64)
+    return "参数 _fc.bias 含有 NaN 或无穷大"
+
+
+def spoil_sparse(state):
+    state["_fc.weight"] = state["_fc.weight"].to_sparse()
+    return r"参数 _fc.weight 的类型是 torch.float32\(torch.sparse_coo, cpu\)"
+
+
+def spoil_quantised(state):
+    state["_fc.weight"] = torch.quantize_per_tensor(state["_fc.weight"], 0.1, 0, torch.qint8)
+    return "参数 _fc.weight 的类型是 torch.qint8"
+
+
+def spoil_without_content(state):
+    state["_fc.bias"] = torch.empty(1000, device="meta")
+    return r"参数 _fc.bias 的类型是 torch.float32\(torch.strided, meta\)"
+
+
+def spoil_complex(state):
+    state["_fc.bias"] = state["_fc.bias"].to(torch.complex64)
+    return "参数 _fc.bias 的类型是 torch.complex64"
+
+
+def spoil_key(state):
+    state[("first\nsecond", 7) * 99] = torch.zeros(1)
+    return r"多出了参数 .{80},这不是 EfficientNetLite2 的权重$"  # one line, not too long
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize|TypedStorage|sparse)")
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -185,6 +218,12 @@ def spoil_not_a_tensor(state):
         spoil_extra,
         spoil_twice,
         spoil_not_a_tensor,
+        spoil_beyond_float32,
+        spoil_sparse,
+        spoil_quantised,
+        spoil_without_content,
+        spoil_complex,
+        spoil_key,
     ],
 )
 def test_a_spoiled_checkpoint_is_refused_by_its_first_bad_key(spoil, lite_state, tmp_path):
@@ -202,14 +241,33 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = Path(LITE_FILE).read_bytes()
     torch.save(_Payload(), tmp_path / "malicious.pt")
+    torch.save(_Payload(), tmp_path / "malicious_legacy.pt", _use_new_zipfile_serialization=False)
     contents = {"empty.pt": b"", "half.pt": whole[: len(whole) // 2], "page.pt": b"<html>login</html>"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in (*contents, "malicious.pt", "list.pt", "missing.pt"):
-        with pytest.raises(ValueError, match=name):
+    for name in (*contents, "malicious.pt", "malicious_legacy.pt", "list.pt", "missing.pt"):
+        with pytest.raises(ValueError, match=name) as caught:
             hubconf.wwts_cn_lite(weights=str(tmp_path / name))
+        assert "weights_only" not in str(caught.value)  # no advice to load it in spite of all
     assert not (tmp_path / "pwned").exists()
+
+
+def test_huge_files_are_refused_at_once(tmp_path):
+    """Neither hashed to their end nor unpacked."""
+    for name, start in (("zeros.pt", b""), ("pickle.pt", b"\x80\x02")):
+        with (tmp_path / name).open("wb") as file:
+            file.write(start)
+            file.truncate(10 * 2**30)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        with bomb.open("archive/data.pkl", "w") as entry:
+            for _ in range(100):
+                entry.write(bytes(2**20))
+    start = time.monotonic()
+    for name in ("zeros.pt", "pickle.pt", "bomb.pt"):
+        with pytest.raises(ValueError, match=f"{name} 无法读取"):
+            hubconf.wwts_cn_lite(weights=str(tmp_path / name))
+    assert time.monotonic() - start < 3
 
 
 def test_half_a_zip_checkpoint_is_refused(base_folder, tmp_path):
