@@ -7,6 +7,7 @@ own collection of broken images, WWTS_FUZZ_EXAMPLES=20000 lets the fuzzer try th
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import pickle
@@ -280,6 +281,55 @@ def test_the_longest_name_that_a_file_can_have(fast, tmp_path):
     assert result.returncode == 0 and {record["path"] for record in records(result.stdout)} == set(map(str, paths))
 
 
+def test_folders_a_thousand_deep(infer_here, tmp_path):
+    """As deep as a path can name them, and then deeper."""
+    shutil.copy(CAT, tmp_path)
+    with contextlib.chdir(tmp_path):
+        for depth in range(2500):
+            os.mkdir("d")
+            os.chdir("d")
+            if depth == 1500:
+                shutil.copy(CAT, ".")
+    try:
+        found = list(infer_module.find_images([str(tmp_path)]))
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "d"])
+    assert [path for path in found if path.endswith(".jpg")] == [
+        str(tmp_path / CAT.name),
+        str(tmp_path / ("d/" * 1501 + CAT.name)),
+    ]
+
+
+def test_folders_that_link_to_each_other_are_not_walked_by_every_way(tmp_path):
+    """Ten of them can be walked in ten million ways without coming into any twice."""
+    folders = [tmp_path / str(number) for number in range(10)]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(CAT, folder)
+        for other in folders:
+            (folder / f"to{other.name}").symlink_to(other)
+    found = list(itertools.islice(infer_module.find_images([str(tmp_path)]), 10_000))
+    assert {os.path.realpath(path) for path in found} == {str(folder / CAT.name) for folder in folders}
+    assert len(found) < 10_000
+
+
+def test_a_list_of_paths_that_is_no_list(infer, tmp_path):
+    model = graph(tmp_path / "tiny.onnx", SPEC)
+    lines = [os.fsencode(CAT), b"\0", NO_TEXT, b"x" * 10**6, os.fsencode(CAT), b"\xff", os.fsencode(SAMPLES[1])]
+    (tmp_path / "list").write_bytes(b"\n".join(lines))
+    with open(tmp_path / "list", "rb") as stdin:
+        result = infer("-m", model, "-", "-f", "jsonl", stdin=stdin)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    good = [record["path"] for record in records(result.stdout) if "results" in record]
+    assert good == [str(CAT), str(SAMPLES[1])]
+
+
+def test_a_list_of_paths_without_an_end(infer, tmp_path):
+    with open("/dev/zero", "rb") as stdin:
+        result = infer("-m", graph(tmp_path / "tiny.onnx", SPEC), "-", stdin=stdin, timeout=15)
+    assert result.returncode in (1, 2) and "Traceback" not in result.stderr
+
+
 def test_postscript_is_never_run(recognizer, tmp_path, monkeypatch):
     """Pillow hands EPS, under whatever name, to Ghostscript: a program of the sender's, without limit of time."""
     from PIL import EpsImagePlugin
@@ -311,14 +361,26 @@ def test_pillows_own_test_images(infer_here, fast_repository, tmp_path):
     assert len(every) > 1000 and set(found) < set(every)
     out, alone = tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
     model = ("--repo", str(fast_repository), "-m", "fast", "-d", "cpu")
-    command = [sys.executable, str(ROOT / "infer.py"), *SAMPLES[:2], folder, *every, *SAMPLES[2:], *model, "-o", out]
+    command = [
+        sys.executable,
+        ROOT / "infer.py",
+        *SAMPLES[:2],
+        folder,
+        *every,
+        *SAMPLES[2:],
+        *model,
+        "-o",
+        out,
+        "-j",
+        2,
+    ]
     with open(tmp_path / "stderr", "w+b") as errors:
         process = subprocess.Popen(list(map(str, command)), stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         errors.seek(0)
         stderr = errors.read().decode()
-    assert process.returncode == 1 and usage.ru_maxrss < 2 * 2**20
+    assert process.returncode == 1 and usage.ru_maxrss < 3 * 2**20  # in KiB; a single one takes 0.6 GiB
     written = records(out.read_text("utf-8"))
     expected = [*found, *(path for path in every if path not in set(found))]
     assert [record["path"] for record in written] == [*map(str, SAMPLES[:2]), *expected, *map(str, SAMPLES[2:])]
