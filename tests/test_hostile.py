@@ -29,7 +29,7 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT, SAMPLES
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from PIL import Image
@@ -460,7 +460,6 @@ def test_whatever_happened_to_a_file_it_gets_one_result(recognizer, tmp_path, mo
         signal.alarm(60)
         path.write_bytes(content)
         damaged, good = recognizer.stream([path, CAT])
-        event(damaged.error or "recognised")  # for --hypothesis-show-statistics
         assert good.error is None and [p.index for p in good.predictions] == [p.index for p in expected]
         if damaged.error is None:
             assert sum(prediction.confidence for prediction in damaged.predictions) == pytest.approx(1, abs=1e-4)
