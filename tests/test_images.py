@@ -173,7 +173,7 @@ def test_what_is_no_image_has_one_clear_line(tmp_path):
     expected = {
         "empty.jpg": "无法识别的图像格式",
         "text.jpg": "无法识别的图像格式",
-        "half.jpg": "图像文件不完整",
+        "half.jpg": "图像数据不完整",
         "head.png": "",
         "fifo.jpg": "不是普通文件",
         "folder.jpg": "是文件夹",
