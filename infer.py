@@ -278,6 +278,8 @@ def read_labels(path: str | os.PathLike) -> list[str]:
 
 def import_torch() -> Any:
     """Import torch, or raise ModelError with the pip line that mends the installation."""
+    # Threads that wait for each other by spinning take the cores from decoding and from whatever else runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -684,7 +686,7 @@ def _replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         os.replace(folder / path.name, path)
     except OSError as error:
-        raise ModelError(f"{path} 写不进去: {_one_line(error)}") from error
+        raise ModelError(f"{path} 写不进去: {error.strerror}。请腾出空间、检查权限,或换一个地方") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -953,7 +955,10 @@ class Recognizer:
         return engine
 
     def _load_torch(self, labels: list[str] | None) -> TorchEngine:
-        import_torch()
+        torch = import_torch()
+        if self.device.startswith(("auto", "cuda")) and torch.cuda.is_available():
+            # CUDA wakes while the weights are read; if it cannot, that comes up again when it is used.
+            ThreadPoolExecutor(1).submit(torch.zeros, 1, device=self.device.replace("auto", "cuda"))
         source = (self.repo, self.trust_repo, self.weights, self.offline)
         name = self.name or DEFAULT_MODEL
         try:
@@ -1825,8 +1830,11 @@ class Check:
             return f"{found},与公布的一致"
         record = cache_folder() / f"checked-{_digest(path)}.txt"
         if not record.is_file():
-            with _replacing(record) as folder:
-                (folder / record.name).write_text(sha256)
+            try:
+                with _replacing(record) as folder:
+                    (folder / record.name).write_text(sha256)
+            except ModelError as error:
+                return f"{found},没有公布的值可比,也没能记下: {error}"
             return f"{found},没有公布的值可比,已记下供下次比较"
         if record.read_text() != sha256:
             raise ModelError(f"{found},与上次检查时不同。不是您换的就请重新下载;是您换的,请删除 {record}")
@@ -2034,8 +2042,10 @@ class _Formatter(logging.Formatter):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     # Chinese must come out whatever the locale; a file name that is not UTF-8 must not stop the run.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by a daemon
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     log.addHandler(handler)

@@ -1,0 +1,112 @@
+"""Where the program runs: bad disks, no home, no terminal, closed streams, warnings as errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SAMPLES
+
+CAT = SAMPLES[0]
+LITE = ("-m", "wwts_cn_lite")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that mounts a memory file system with the options given, where that is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not allowed here")
+        return folder
+
+    yield mount
+    while os.path.ismount(folder):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def fast(infer_here, fast_repository):
+    return lambda *arguments: infer_here("--repo", fast_repository, "-m", "fast", *arguments)
+
+
+def test_results_on_a_full_disk_are_whole_and_resumed(fast, photos, disk, tmp_path):
+    fast(photos, "-o", tmp_path / "whole.csv")
+    whole = (tmp_path / "whole.csv").read_bytes()
+    path = disk("size=16k") / "out.csv"
+    result = fast(photos, "-o", path)
+    assert result.returncode == 3 and result.stderr.splitlines()[-1].startswith("[ERROR] 结果写不进去")
+    assert 8000 < path.stat().st_size <= 16384 and whole.startswith(path.read_bytes())
+    assert path.read_bytes().endswith(b"\r\n")
+    disk("remount,size=1m")
+    assert fast(photos, "-o", path, "--resume").returncode == 0 and path.read_bytes() == whole
+
+
+def test_a_cache_on_a_full_disk_costs_a_warning(fast, photos, disk):
+    path = disk("size=64k") / "cache.sqlite"
+    result = fast(photos, "-f", "jsonl", "--cache", path)
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 300
+    assert result.stderr.count("[WARN]") == 1 and "本次不用缓存" in result.stderr
+
+
+def test_an_export_to_a_full_disk_leaves_nothing(infer_here, disk, monkeypatch):
+    folder = disk("size=5m")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    for arguments in ([], [folder / "lite.onnx"]):
+        result = infer_here(*LITE, *SAMPLES, "--export", *arguments)
+        assert result.returncode == 3 and result.stderr.splitlines()[-1].startswith("[ERROR]"), result.stderr
+        assert "写不进去" in result.stderr and not list(folder.glob("**/*.onnx*"))
+    assert "(ONNX Runtime)" not in infer_here(*LITE, CAT).stderr
+
+
+def test_read_only_folders(fast, photos, disk, monkeypatch):
+    folder = disk("ro")
+    result = fast(photos, "-o", folder / "out.jsonl")
+    assert result.returncode == 3 and result.stderr.count("[ERROR]") == 1 and "写不进去" in result.stderr
+    result = fast(CAT, "--cache", folder / "cache.sqlite", "-f", "jsonl")
+    assert result.returncode == 0 and result.stderr.count("[WARN]") == 1 and "results" in result.stdout
+    result = fast(*SAMPLES, "--export", folder / "fast.onnx")
+    assert result.returncode == 3 and result.stderr.count("[ERROR]") == 1 and "写不进去" in result.stderr
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    result = fast(CAT, "--cache", "-f", "jsonl")
+    assert result.returncode == 0 and result.stderr.count("[WARN]") == 1
+    monkeypatch.chdir(folder)
+    assert fast(CAT).returncode == 0
+
+
+def test_checking_where_nothing_can_be_recorded(infer_here, base_folder, disk, monkeypatch):
+    import infer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(disk("ro")))
+    monkeypatch.setattr(infer, "CHECKS", {infer.Check.weights: "权重"})
+    result = infer_here("--check", "--weights", base_folder, "-d", "cpu")
+    assert result.returncode == 0 and "✓" in result.stdout and "没能记下" in result.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("-W", "error")])
+def test_no_home_no_terminal_no_writable_folder_no_warnings(options):
+    """As a service may start it; and no warning of our own making."""
+    env = {"PATH": os.environ["PATH"], "WWTS_OFFLINE": "1", "MODELSCOPE_CACHE": "/nonexistent", "HOME": "/dev/null"}
+    command = [sys.executable, *options, str(ROOT / "infer.py"), str(CAT), "-d", "cpu", "-k", "1", "--cache"]
+    result = subprocess.run(
+        command, cwd="/proc", env=env, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8"
+    )
+    assert result.returncode == 0 and result.stdout == "[RESULT] 识别结果:\n - 埃及猫 (置信度: 0.58)\n"
+    assert [line.split("]")[0] for line in result.stderr.splitlines()] == ["[WARN", "[WARN", "[INFO", "[INFO"]
+
+
+def test_closed_streams(fast_repository, tmp_path):
+    command = f'"{sys.executable}" infer.py "{CAT}" --repo "{fast_repository}" -m fast -d cpu'
+    out = tmp_path / "out.jsonl"
+    for redirection in ("<&- >&- 2>&-", ">&-", "2>&-"):
+        shell = f'{command} -o "{out}" --overwrite {redirection}'
+        assert subprocess.run(["sh", "-c", shell], cwd=ROOT, capture_output=True).returncode == 0
+        (record,) = map(json.loads, out.read_text().splitlines())
+        assert record["results"]
+        out.unlink()
+    assert b"RESULT" in subprocess.run(["sh", "-c", f"{command} 2>&-"], cwd=ROOT, stdout=subprocess.PIPE).stdout
