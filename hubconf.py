@@ -252,7 +252,7 @@ def _load_checkpoint(model, path, expected_sha256=None):
         try:
             _assign(model, checkpoint)
         except ValueError as error:
-            raise ValueError(f"权重文件 {path} 不能使用: {error}") from error
+            raise ValueError(f"权重文件 {path} 不能使用: {error}。请换用这个模型的权重,或重新下载") from error
         sha256 = digest.result().hexdigest()
     if expected_sha256 not in (None, sha256):
         raise ValueError(f"权重文件 {path} 已损坏: SHA-256 应为 {expected_sha256},实为 {sha256}。请重新安装或下载")

@@ -1800,12 +1800,12 @@ class Check:
         device = choose_device(self.recognizer.device)
         if device.type == "cuda":
             free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
-            driver = "未知"
+            driver = ""
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-                driver = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()[0]
+                driver = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.partition("\n")[0]
             name = f"{device} {torch.cuda.get_device_name(device)}"
-            return f"{name},显存 {total:.1f} GiB(空闲 {free:.1f}),CUDA {torch.version.cuda},驱动 {driver}"
+            return f"{name},显存 {total:.1f} GiB(空闲 {free:.1f}),CUDA {torch.version.cuda},驱动 {driver or '未知'}"
         if self.recognizer.device == "auto" and has_nvidia_gpu():
             raise ModelError(f"有 NVIDIA 显卡,但 torch {torch.__version__} 用不了它。{REINSTALL}")
         memory = ""

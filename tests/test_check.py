@@ -196,6 +196,18 @@ def test_a_device_that_is_not_there_or_not_usable(check, monkeypatch):
     assert check("-m", "wwts_cn_lite") == ["device"] and "用不了" in check.details["device"]
 
 
+def test_a_gpu_is_described(check, monkeypatch, tmp_path):
+    monkeypatch.setattr(infer_module, "choose_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 24 * 2**30))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check(only=["device"]) == [] and check.details["device"].endswith("驱动 未知")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 570.133.20\necho 570.133.20\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert check(only=["device"]) == [] and check.details["device"].endswith("驱动 570.133.20")
+    assert "cuda:1 NVIDIA H100,显存 24.0 GiB(空闲 10.0)" in check.details["device"]
+
+
 def test_a_machine_that_is_far_too_slow(check, monkeypatch):
     monkeypatch.setitem(infer_module.USUAL_LATENCY, ("wwts_cn_lite", "cpu"), 0.001)
     assert check(only=["weights", "speed"]) == ["speed"] and "单张通常约 0.001 毫秒" in check.details["speed"]
