@@ -570,6 +570,8 @@ class OnnxEngine:
             raise ModelError("运行 ONNX 模型需要 onnxruntime,请运行: pip install onnxruntime") from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is said below, in one line
+        # As for torch's threads: see import_torch.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
             text = self._session.get_modelmeta().custom_metadata_map.get("wwts_spec")
