@@ -160,9 +160,9 @@ def _download_base(offline):
     try:
         # FileDownloadError came with 0.5; before it a failed download looked like a success.
         from modelscope_hub import FileDownloadError, HubApi, HubConfig
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter where there is no home folder
         raise FileNotFoundError(
-            "本机没有 wwts_cn_base 的权重,要自动下载请先运行: pip install -U modelscope-hub"
+            f"本机没有 wwts_cn_base 的权重,要自动下载请先运行: pip install -U modelscope-hub({error})"
         ) from error
     # The client's own lines are in English and name no remedy; what went wrong is said below.
     logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
