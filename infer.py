@@ -673,8 +673,11 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_we
 
 def _read_pixels(photos: list[str], spec: dict[str, Any]) -> Iterator[numpy.ndarray]:
     for photo in photos:
-        with open_image(photo) as file:
-            yield preprocess(decode_image(file), spec)
+        try:
+            with open_image(photo) as file:
+                yield preprocess(decode_image(file), spec)
+        except Exception as error:  # a broken file can make a decoder raise anything
+            raise UsageError(f"{photo}: {describe_image_error(error)}") from error
 
 
 @contextlib.contextmanager
@@ -1597,13 +1600,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if counts["failed"] or counts["unexpected"] or (output is not None and output.failures) else 0
 
 
+def _photos(arguments: argparse.Namespace, most: int) -> list[str]:
+    """The first of the images that were named, or the samples; raises UsageError if there are none."""
+    photos = list(itertools.islice(find_images(arguments.inputs or [str(HERE / "samples")]), most))
+    if not photos or not os.path.exists(photos[0]):
+        raise UsageError(f"没有找到图片{'' if arguments.inputs else ' samples;请在命令里给出几张'}")
+    return photos
+
+
 def run_export(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
     """Write the model's graph where it was asked for, or where later runs look for it."""
-    photos = list(find_images(arguments.inputs or [str(HERE / "samples")]))
-    if arguments.export and not arguments.export.endswith(".onnx"):
-        raise UsageError("--export 后面的文件名应以 .onnx 结尾;不写文件名时请把 --export 写在最后")
-    if not os.path.exists(photos[0]):
-        raise UsageError("导出时要用几张照片核对结果,请在命令里给出")
+    photos = _photos(arguments, 20)
+    if arguments.export and (not arguments.export.endswith(".onnx") or os.path.isdir(arguments.export)):
+        raise UsageError("--export 后面应是以 .onnx 结尾的文件名;不写文件名时请把 --export 写在最后")
     recognizer = dataclasses.replace(recognizer, engine="torch", device="cpu", dtype="float32")
     engine = recognizer.load()
     recognizer.name = engine.spec["name"]
@@ -1627,9 +1636,7 @@ def run_export(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
 
 def run_bench(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
     """Measure what a user waits for and pays for, with the model, device and engine chosen; print a table."""
-    photos = list(itertools.islice(find_images(arguments.inputs or [str(HERE / "samples")]), 1000))
-    if not photos:
-        raise UsageError("没有找到图片")
+    photos = _photos(arguments, 1000)
     engine = recognizer.load()
     pixels = list(_read_pixels(photos[:64], engine.spec))
     cuda = engine.device_name.startswith("cuda")

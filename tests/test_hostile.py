@@ -934,3 +934,20 @@ def test_a_missing_file_whose_name_looks_like_a_pattern_is_a_record(fast, tmp_pa
 def test_a_rank_that_is_no_number(fast, monkeypatch):
     monkeypatch.setenv("RANK", "first")
     assert_refused(fast(CAT), 2)
+
+
+@pytest.mark.parametrize("action", ["--bench", "--export"])
+def test_photos_to_measure_or_compare_with_must_be_photos(fast, tmp_path, action):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jpg").write_bytes(b"bad")
+    export = [tmp_path / "x.onnx"] if action == "--export" else []
+    for path in ("empty", "missing.jpg", "bad.jpg"):
+        assert_refused(fast(tmp_path / path, action, *export), 2)
+    assert not list(tmp_path.glob("x.onnx*"))
+
+
+def test_an_export_does_not_replace_a_folder(fast, tmp_path):
+    (tmp_path / "x.onnx").mkdir()
+    (tmp_path / "x.onnx" / "precious").touch()
+    assert_refused(fast(*SAMPLES, "--export", tmp_path / "x.onnx"), 2)
+    assert (tmp_path / "x.onnx" / "precious").exists()
