@@ -20,6 +20,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import difflib
 import functools
 import glob
 import hashlib
@@ -72,6 +73,7 @@ NO_BASE = (
     f"本机没有 {DEFAULT_MODEL} 的权重,且处于离线模式。获取方法: 在能联网的机器上运行 modelscope-hub download "
     f"iic/cv_resnest101_general_recognition --local-dir wwts_base,再用 --weights wwts_base 指定。{USE_FALLBACK}"
 )
+REINSTALL = "请运行: pip install --force-reinstall torch torchvision"
 COMMON_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 # Far beyond what is meant so: bytes of a text file, a record or a path; bytes of an image file; scans of a JPEG.
 MOST_TEXT, MOST_IMAGE, MOST_SCANS = 2**26, 2**30, 100
@@ -298,56 +300,49 @@ def load_hub_model(
     this project's own entry points, which mean that there are no weights to be had.
     """
     folder = HERE if repo is None else _hub_folder(repo, trust_repo, offline)
-    # What other people's hub code prints must not get among the results on standard output.
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            sys.path.insert(0, str(folder))
-            try:
-                module_spec = importlib.util.spec_from_file_location("hubconf", folder / "hubconf.py")
-                module = importlib.util.module_from_spec(module_spec)
-                module_spec.loader.exec_module(module)
-                entries = [entry for entry in dir(module) if callable(getattr(module, entry)) and entry[0] != "_"]
-                if name not in entries:
-                    import difflib
-
-                    nearest = difflib.get_close_matches(name, entries, 1, cutoff=0)
-                    raise ModelError(
-                        f"没有名为 {name} 的模型。{folder} 提供: {', '.join(entries)}"
-                        + (f"。最接近的是 {nearest[0]}" if nearest else "")
-                    )
-                entry = getattr(module, name)
-                parameters = inspect.signature(entry).parameters
-                arguments: dict[str, Any] = {}
-                # torchvision's convention; without it (or its older form) a network comes untrained.
-                if "weights" in parameters:
-                    arguments["weights"] = weights or "DEFAULT"
-                elif weights:
-                    raise UsageError(f"模型 {name} 的入口不接受 --weights")
-                elif "pretrained" in parameters:
-                    arguments["pretrained"] = True
-                if "offline" in parameters and offline:
-                    arguments["offline"] = True
-                model = entry(**arguments)
-                if "files" in getattr(model, "spec", {}):
-                    model.spec["files"].append(str(folder / "hubconf.py"))
-            finally:
-                sys.path.remove(str(folder))
-        except ModelError:
+    sys.path.insert(0, str(folder))
+    try:
+        # What other people's hub code prints must not get among the results on standard output.
+        with contextlib.redirect_stdout(sys.stderr):
+            model = _call_entry_point(folder, name, weights, offline)
+    except ModelError:
+        raise
+    except Exception as error:  # a repository's code may raise anything
+        if repo is None and isinstance(error, (FileNotFoundError, ConnectionError)):
             raise
-        except (FileNotFoundError, ConnectionError) as error:
-            if repo is None:
-                raise
-            raise ModelError(f"模型 {name} 加载失败: {error}") from error
-        except Exception as error:  # a repository's code may raise anything
-            if "torchvision::" in str(error):
-                raise ModelError(
-                    f"torch 与 torchvision 版本不匹配({_one_line(error)})。"
-                    "请运行: pip install --force-reinstall torch torchvision"
-                ) from error
-            if isinstance(error, ModuleNotFoundError):
-                raise ModelError(f"模型 {name} 需要 {error.name},请运行: pip install {error.name}") from error
-            raise ModelError(f"模型 {name} 加载失败: {_one_line(error)}") from error
+        message = f"模型 {name} 加载失败: {_one_line(error)}"
+        if "torchvision::" in str(error):
+            message = f"torch 与 torchvision 版本不匹配({_one_line(error)})。{REINSTALL}"
+        elif isinstance(error, ModuleNotFoundError):
+            message = f"模型 {name} 需要 {error.name},请运行: pip install {error.name}"
+        raise ModelError(message) from error
+    finally:
+        sys.path.remove(str(folder))
+    if "files" in getattr(model, "spec", {}):
+        model.spec["files"].append(str(folder / "hubconf.py"))
     return model
+
+
+def _call_entry_point(folder: Path, name: str, weights: str | None, offline: bool) -> torch.nn.Module:
+    module_spec = importlib.util.spec_from_file_location("hubconf", folder / "hubconf.py")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    entries = [entry for entry in dir(module) if callable(getattr(module, entry)) and entry[0] != "_"]
+    if name not in entries:
+        nearest = difflib.get_close_matches(name, entries, 1, cutoff=0)
+        hint = f"。最接近的是 {nearest[0]}" if nearest else ""
+        raise ModelError(f"没有名为 {name} 的模型。{folder} 提供: {', '.join(entries)}{hint}")
+    entry = getattr(module, name)
+    parameters = inspect.signature(entry).parameters
+    arguments: dict[str, Any] = {"offline": True} if offline and "offline" in parameters else {}
+    # torchvision's convention; without it (or its older form) a network comes untrained.
+    if "weights" in parameters:
+        arguments["weights"] = weights or "DEFAULT"
+    elif weights:
+        raise UsageError(f"模型 {name} 的入口不接受 --weights")
+    elif "pretrained" in parameters:
+        arguments["pretrained"] = True
+    return entry(**arguments)
 
 
 def _hub_folder(repo: str, trust_repo: bool, offline: bool) -> Path:
@@ -1391,8 +1386,6 @@ class _Parser(argparse.ArgumentParser):
             message = message.replace(english, translation)
         unknown = re.search(r"无法识别的参数: (--?[\w-]+)", message)
         if unknown:
-            import difflib
-
             nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message += f"。是不是想用 {nearest[0]}?" if nearest else ""
         raise UsageError(f"{message}。用法见: python infer.py --help")
@@ -1731,7 +1724,6 @@ USUAL_LATENCY = {
     (FALLBACK_MODEL, "cuda"): 10,
     (DEFAULT_MODEL, "cuda"): 25,
 }
-REINSTALL = "请运行: pip install --force-reinstall torch torchvision"
 BROKEN = "权重、标签、预处理或机器有问题: 请先看以上各行,再重新安装 requirements.txt"
 
 

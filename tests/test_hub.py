@@ -203,7 +203,7 @@ def spoil_complex(state):
 
 def spoil_key(state):
     state[("first\nsecond", 7) * 99] = torch.zeros(1)
-    return r"多出了参数 .{80},这不是 EfficientNetLite2 的权重$"  # one line, not too long
+    return r"多出了参数 .{80},这不是 EfficientNetLite2 的权重。请换用"  # one line, not too long
 
 
 @pytest.mark.filterwarnings("ignore:.*(quantize|TypedStorage|sparse)")
