@@ -24,6 +24,8 @@ SAMPLES = sorted((ROOT / "samples").glob("*.jpg"))
 # In this process too: no test may find weights that the machine happens to have, or go to the network.
 os.environ["WWTS_OFFLINE"] = "1"
 os.environ["MODELSCOPE_CACHE"] = "/nonexistent/modelscope"
+# Threads that have nothing to do sleep: spinning costs several times the work where others use the machine too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
@@ -330,6 +332,48 @@ def cramped():
 """
     )
     return folder
+
+
+SPEC = dict(name="tiny", num_classes=8, resize=32, crop=32, interpolation="bilinear", fingerprint="tiny-1")
+SPEC |= dict(mean=[0.5] * 3, std=[0.5] * 3, labels=[f"颜色{index}" for index in range(8)])
+
+
+def make_graph(path, spec=SPEC, classes=8, external=None):
+    """A graph of the form that --export writes, with whatever metadata."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    mixture = np.sin(np.arange(3 * classes, dtype=np.float32)).reshape(3, classes)
+    weights = onnx.numpy_helper.from_array(mixture, "mixture")
+    if external is not None:
+        weights.ClearField("raw_data")
+        weights.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", external), ("offset", "0"), ("length", str(mixture.nbytes))):
+            weights.external_data.add(key=key, value=value)
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["values"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["values", "axes"], ["means"], keepdims=0),
+        helper.make_node("MatMul", ["means", "mixture"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["confidences"]),
+    ]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 32, 32, 3])
+    confidences = helper.make_tensor_value_info("confidences", TensorProto.FLOAT, ["N", classes])
+    axes = onnx.numpy_helper.from_array(np.array([1, 2]), "axes")
+    model = helper.make_model(
+        helper.make_graph(nodes, "tiny", [pixels], [confidences], [weights, axes]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    if spec is not None:
+        helper.set_model_props(model, {"wwts_spec": spec if isinstance(spec, str) else json.dumps(spec)})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tmp_path_factory):
+    """The arguments for a model without torch, for processes where the model does not matter: they start at once."""
+    return "-m", str(make_graph(tmp_path_factory.mktemp("tiny") / "tiny.onnx"))
 
 
 @pytest.fixture(scope="session")
