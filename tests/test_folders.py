@@ -107,8 +107,8 @@ def test_a_folder_that_cannot_be_listed_is_a_record(tmp_path, monkeypatch):
     assert "是文件夹" in infer_module.Recognizer("wwts_cn_lite", device="cpu")(tmp_path).error
 
 
-def test_paths_on_standard_input_are_answered_as_they_come(fast_repository, photos):
-    command = [sys.executable, "infer.py", "--repo", str(fast_repository), "-m", "fast", "-", "-f", "jsonl", "-q"]
+def test_paths_on_standard_input_are_answered_as_they_come(tiny_graph, photos):
+    command = [sys.executable, "infer.py", *tiny_graph, "-", "-f", "jsonl", "-q"]
     paths = [os.fsencode(path) for path in find(photos)[:5]]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         for path in paths:  # each is answered before the next is asked
@@ -273,13 +273,11 @@ def test_odd_names_survive_a_resume(night, tmp_path):
         assert result.returncode == 0 and path.read_bytes() == whole and "识别 0 张" in summary(result)
 
 
-def test_killed_at_random_moments(infer_here, fast_repository, photos, tmp_path):
-    graph = tmp_path / "fast.onnx"  # starts sooner than torch, so that twenty kills do not take minutes
-    assert infer_here("--repo", fast_repository, "-m", "fast", *SAMPLES, "--export", graph).returncode == 0
+def test_killed_at_random_moments(infer_here, tiny_graph, photos, tmp_path):
     path = tmp_path / "whole.jsonl"
-    assert infer_here(photos, "-m", graph, "-o", path, "-b", "4").returncode == 0
+    assert infer_here(photos, *tiny_graph, "-o", path, "-b", "4").returncode == 0
     whole = path.read_bytes()
-    command = [sys.executable, str(ROOT / "infer.py"), str(photos), "-m", str(graph), "--resume", "-b", "4", "-o"]
+    command = [sys.executable, str(ROOT / "infer.py"), str(photos), *tiny_graph, "--resume", "-b", "4", "-o"]
     dice = random.Random(1)
     target = tmp_path / "killed.jsonl"
     kills = 0
@@ -297,12 +295,12 @@ def test_killed_at_random_moments(infer_here, fast_repository, photos, tmp_path)
         assert process.returncode in (0, -signal.SIGKILL)
         lines = target.read_bytes().splitlines(keepends=True)
         assert whole.startswith(b"".join(lines[:-1]))
-    result = infer_here(photos, "-m", graph, "-o", target, "--resume", "-b", "4")
+    result = infer_here(photos, *tiny_graph, "-o", target, "--resume", "-b", "4")
     assert result.returncode == 0 and target.read_bytes() == whole
 
 
-def test_interrupted_while_waiting_for_a_path(fast_repository, photos):
-    command = [sys.executable, "infer.py", "--repo", str(fast_repository), "-m", "fast", "-", "-f", "jsonl"]
+def test_interrupted_while_waiting_for_a_path(tiny_graph, photos):
+    command = [sys.executable, "infer.py", *tiny_graph, "-", "-f", "jsonl"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         process.stdin.write(os.fsencode(find(photos)[0]) + b"\n")
@@ -346,9 +344,9 @@ def test_a_full_disk(night, photos, tmp_path):
     assert night(path, "--resume").returncode == 0 and len(records(path)) == 300
 
 
-def test_a_full_standard_output(fast_repository, photos):
+def test_a_full_standard_output(tiny_graph, photos):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "infer.py", str(photos), "--repo", str(fast_repository), "-m", "fast", "-f", "csv"]
+        command = [sys.executable, "infer.py", str(photos), *tiny_graph, "-f", "csv"]
         result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, encoding="utf-8")
     assert result.returncode == 3 and "写不进去" in result.stderr and "Traceback" not in result.stderr
 
@@ -399,8 +397,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(night, photos, tmp_path):
     assert [r["results"][0]["label"] for r in records(cramped)] == [r["results"][0]["label"] for r in records(fits)]
 
 
-def test_progress_shows_on_a_terminal_and_nowhere_else(fast_repository, photos, tmp_path):
-    command = [sys.executable, "infer.py", str(photos), "--repo", str(fast_repository), "-m", "fast", "-o"]
+def test_progress_shows_on_a_terminal_and_nowhere_else(tiny_graph, photos, tmp_path):
+    command = [sys.executable, "infer.py", str(photos), *tiny_graph, "-o"]
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen([*command, str(tmp_path / "a.csv")], cwd=ROOT, stderr=secondary)
@@ -421,25 +419,28 @@ def test_progress_shows_on_a_terminal_and_nowhere_else(fast_repository, photos, 
 # ---------------------------------------------------------------- several processes
 
 
-def test_torchrun_shares_the_inputs(fast_repository, photos, night, tmp_path):
+def test_torchrun_shares_the_inputs(infer, infer_here, tiny_graph, photos, tmp_path):
     alone = tmp_path / "alone.jsonl"
-    night(alone)
+    assert infer_here(photos, *tiny_graph, "-o", alone).returncode == 0
 
-    def launch(output, *arguments):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "infer.py")]
-        command += [str(photos), "--repo", str(fast_repository), "-m", "fast", "-o", str(output), *arguments]
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, timeout=120)
-        assert result.returncode == 0, result.stderr
-        return [records(output.with_name(f"{output.stem}.rank{rank}.jsonl")) for rank in range(2)]
+    def shares():
+        return [records(tmp_path / f"shared.rank{rank}.jsonl") for rank in range(2)]
 
-    shares = launch(tmp_path / "shared.jsonl")
-    assert abs(len(shares[0]) - len(shares[1])) <= 1
-    together = sorted(shares[0] + shares[1], key=lambda record: record["path"])
+    arguments = (photos, *tiny_graph, "-d", "cpu", "-o", tmp_path / "shared.jsonl")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "infer.py", *arguments]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", env=env, timeout=120)
+    assert result.returncode == 0, result.stderr
+    whole = shares()
+    assert abs(len(whole[0]) - len(whole[1])) <= 1
+    together = sorted(whole[0] + whole[1], key=lambda record: record["path"])
     assert together == sorted(records(alone), key=lambda record: record["path"])
     torn = tmp_path / "shared.rank1.jsonl"
     torn.write_bytes(torn.read_bytes()[:7000])
-    assert launch(tmp_path / "shared.jsonl", "--resume") == shares
+    for rank in ("0", "1"):  # what torchrun says to its processes
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        assert infer(*arguments, "--resume", env=env).returncode == 0
+    assert shares() == whole
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
