@@ -46,27 +46,35 @@ def lite():
     return hubconf.wwts_cn_lite()
 
 
+def twin_of(name, values, **options):
+    """timm's network with the given tensors: it keeps them in the same order as ours, under other names for lite."""
+    with torch.device("meta"):  # random weights, which are not wanted, take seconds
+        twin = timm.create_model(name, **options).eval()
+    empty = twin.state_dict()
+    assert [value.shape for value in values] == [value.shape for value in empty.values()]
+    twin.load_state_dict(dict(zip(empty, values, strict=True)), assign=True)
+    return twin
+
+
+@pytest.fixture(scope="module")
+def lite_twin(lite):
+    return twin_of("tf_efficientnet_lite2", lite.state_dict().values())
+
+
 @torch.inference_mode()
-def test_lite_agrees_with_the_reference_package_and_timm(lite):
+def test_lite_agrees_with_the_reference_package_and_timm(lite, lite_twin):
     batch = inputs_of(lite.spec)
     logits = lite(batch)
     reference = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=LITE_FILE).eval()
     assert torch.allclose(logits, reference(batch), atol=1e-4, rtol=0)
-    # timm keeps the tensors in the same order under other names; it has no counters in its way.
-    twin = timm.create_model("tf_efficientnet_lite2").eval()
-    ours = lite.state_dict()
-    assert [value.shape for value in ours.values()] == [value.shape for value in twin.state_dict().values()]
-    twin.load_state_dict(dict(zip(twin.state_dict(), ours.values(), strict=True)))
-    assert torch.allclose(logits, twin(batch), atol=1e-4, rtol=0)
+    assert torch.allclose(logits, lite_twin(batch), atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("size", [(260, 260), (131, 200), (65, 96)])
-def test_lite_pads_as_tensorflow_at_any_size(lite, size):
-    twin = timm.create_model("tf_efficientnet_lite2").eval()
-    twin.load_state_dict(dict(zip(twin.state_dict(), lite.state_dict().values(), strict=True)))
+def test_lite_pads_as_tensorflow_at_any_size(lite, lite_twin, size):
     batch = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(lite(batch), twin(batch), atol=1e-4, rtol=0)
+    assert torch.allclose(lite(batch), lite_twin(batch), atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()
@@ -87,10 +95,9 @@ def test_lite_gives_the_published_answers(lite):
 @torch.inference_mode()
 def test_base_agrees_with_timm(base_folder):
     model = hubconf.wwts_cn_base(weights=str(base_folder))
-    twin = timm.create_model("resnest101e", num_classes=54092).eval()
     state = torch.load(base_folder / "pytorch_model.pt", weights_only=True)["state_dict"]
-    twin.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    assert list(model.state_dict()) == list(twin.state_dict())
+    twin = twin_of("resnest101e", state.values(), num_classes=54092)
+    assert list(model.state_dict()) == list(twin.state_dict()) == [key.removeprefix("module.") for key in state]
     batch = inputs_of(model.spec)
     logits, expected = model(batch), twin(batch)
     assert logits.std() > 0.1 and not torch.allclose(logits[0], logits[1], atol=1e-2)
