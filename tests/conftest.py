@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -332,6 +333,57 @@ def cramped():
 """
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def _exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    program, cache = folder / "程序 1", folder / "cache"
+    program.mkdir()
+    for name in ("infer.py", "hubconf.py", "labels_zh.json"):
+        shutil.copy2(ROOT / name, program)
+    shutil.copytree(ROOT / "samples", program / "samples")
+    env = {"XDG_CACHE_HOME": str(cache), "HOME": str(folder), "MODELSCOPE_CACHE": str(folder / "ms")}
+
+    def run(*arguments, env=(), program=program):
+        environment = {**os.environ, **run.env, "CUDA_VISIBLE_DEVICES": "", **dict(env)}
+        command = [sys.executable, str(program / "infer.py"), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", cwd=ROOT)
+
+    run.program, run.folder, run.env = program, folder, env
+    result = run("-m", "wwts_cn_lite", *SAMPLES, "--export")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "" and "已导出" in result.stderr and "最多相差" in result.stderr
+    (run.graph,) = (cache / "wwts").glob("*/graph.onnx")
+    run.single = folder / "lite.onnx"  # the same with its weights in one file
+    import onnx
+
+    import infer
+
+    spec = next(p.value for p in onnx.load(run.graph).metadata_props if p.key == "wwts_spec")
+    assert infer.main(["-m", "wwts_cn_lite", *map(str, SAMPLES), "-q", "--export", str(run.single)]) == 0
+    assert json.loads(onnx.load(run.single).metadata_props[0].value) == json.loads(spec)
+    return run
+
+
+@pytest.fixture
+def exported(_exported, infer_here, monkeypatch):
+    """A copy of the program, and a user's cache folder into which it exported wwts_cn_lite.
+
+    Call it to run that copy in a process of its own, or ``here`` to run it in this one.
+    """
+
+    def here(*arguments, env=()):
+        import infer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(infer, "HERE", _exported.program)
+            for name, value in {**_exported.env, **dict(env)}.items():
+                patch.setenv(name, value)
+            return infer_here(*arguments)
+
+    _exported.here = here
+    return _exported
 
 
 SPEC = dict(name="tiny", num_classes=8, resize=32, crop=32, interpolation="bilinear", fingerprint="tiny-1")
