@@ -26,16 +26,18 @@ def model_of(result):
     return json.loads(result.stdout)["model"]
 
 
-def test_the_first_run_downloads_and_the_second_does_not(infer, modelscope, tmp_path):
+def test_the_first_run_downloads_and_the_second_does_not(infer, infer_here, modelscope, tmp_path, monkeypatch):
     env = environment(modelscope, tmp_path)
     result = infer(CAT, "-f", "jsonl", env=env)
     assert result.returncode == 0, result.stderr
     assert model_of(result) == "wwts_cn_base" and "正在从" in result.stderr and modelscope.requests
     modelscope.requests.clear()
-    again = infer(CAT, "-f", "jsonl", env=env)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    again = infer_here(CAT, "-f", "jsonl")
     assert again.stdout == result.stdout and not modelscope.requests
     modelscope.close()
-    offline = infer("-m", "wwts_cn_base", CAT, "-f", "jsonl", "--offline", env=env)
+    offline = infer_here("-m", "wwts_cn_base", CAT, "-f", "jsonl", "--offline")
     assert offline.stdout == result.stdout
 
 
