@@ -1519,8 +1519,9 @@ def run(arguments: argparse.Namespace) -> int:
     output = open_output(arguments, rank if world_size > 1 else None)
     if arguments.cache == "":
         arguments.cache = cache_folder() / "results.sqlite"
-    if world_size > 1 and arguments.device in ("auto", "cuda") and import_torch().cuda.is_available():
-        arguments.device = f"cuda:{local_rank}"
+    graph = arguments.engine == "onnx" or str(arguments.model).endswith(".onnx")
+    if world_size > 1 and arguments.device in ("auto", "cuda") and not graph and has_nvidia_gpu():
+        arguments.device = f"cuda:{local_rank}" if import_torch().cuda.is_available() else arguments.device
     recognizer = Recognizer(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recognizer)})
 
     if arguments.export is not None:

@@ -276,7 +276,7 @@ def tmpfs(tmp_path):
 
     yield mount
     while os.path.ismount(folder):
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fail_to_store(cache, monkeypatch):
