@@ -438,3 +438,20 @@ def photos(tmp_path_factory):
         place.mkdir(exist_ok=True)
         Image.new("RGB", (40, 30), tuple(map(int, colour))).save(place / f"{number:04d}.png")
     return folder
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A function that mounts a memory file system with the options given, where that is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not allowed here")
+        return folder
+
+    yield mount
+    while os.path.ismount(folder):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -260,23 +258,6 @@ def test_a_failed_download_falls_back_or_is_an_error(server, infer_here):
 
 
 # ---------------------------------------------------------------- bad disks
-
-
-@pytest.fixture
-def tmpfs(tmp_path):
-    """A function that mounts a memory file system with the options given, where that is allowed."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options):
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting a file system is not allowed here")
-        return folder
-
-    yield mount
-    while os.path.ismount(folder):
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fail_to_store(cache, monkeypatch):

@@ -174,7 +174,7 @@ def test_wrong_use_of_export(infer_here, hub_repository, tmp_path):
     result = infer_here("--repo", hub_repository, "-m", "resnet18", *SAMPLES, "--export")
     assert result.returncode == 2 and "写明导出的文件名" in result.stderr
     result = infer_here(*LITE, tmp_path / "nothing.jpg", "--export", tmp_path / "x.onnx")
-    assert result.returncode == 2 and "照片" in result.stderr
+    assert result.returncode == 2 and "没有找到图片" in result.stderr
 
 
 def test_a_foreign_model_is_exported_too(infer_here, hub_repository, tmp_path):
