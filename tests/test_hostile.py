@@ -376,9 +376,7 @@ def test_pillows_own_test_images(infer_here, fast_repository, tmp_path):
         process.returncode = os.waitstatus_to_exitcode(status)
         errors.seek(0)
         stderr = errors.read().decode()
-    assert (
-        process.returncode == 1 and usage.ru_maxrss < 6 * 2**20
-    )  # in KiB; one large image at a time takes up to 3 GiB
+    assert process.returncode == 1 and usage.ru_maxrss < 6 * 2**20  # KiB; one large image takes up to 3 GiB
     written = records(out.read_text("utf-8"))
     expected = [*found, *(path for path in every if path not in set(found))]
     assert [record["path"] for record in written] == [*map(str, SAMPLES[:2]), *expected, *map(str, SAMPLES[2:])]
