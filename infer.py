@@ -567,8 +567,6 @@ class OnnxEngine:
             raise ModelError("运行 ONNX 模型需要 onnxruntime,请运行: pip install onnxruntime") from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is said below, in one line
-        # As for torch's threads: see import_torch.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
             text = self._session.get_modelmeta().custom_metadata_map.get("wwts_spec")
@@ -1354,280 +1352,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-# ---------------------------------------------------------------- command line
-
-EPILOG = """\
-示例:
-  python infer.py samples/cat.jpg                       识别一张图片
-  python infer.py 照片文件夹 -o 结果.csv                  识别整个文件夹,Excel 可直接打开结果
-  python infer.py 照片文件夹 -o 结果.csv --resume         中断后接着做,已有结果的不重做
-  find . -name '*.jpg' | python infer.py - -f jsonl     从标准输入读路径,每行一个
-  python infer.py --weights wwts_base x.jpg             使用手工下载的 wwts_cn_base 权重
-  python infer.py --repo 文件夹 -m resnet18 x.jpg       任何 ImageNet-1k 的 torch.hub 模型
-
-退出状态: 0 全部识别  1 有图片失败,其余已完成  2 用法错误  3 模型、权重或标签不可用  130 被中断
-"""
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def add_usage(self, usage, actions, groups, prefix=None):
-        super().add_usage(usage, actions, groups, prefix="用法: ")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        chinese = {
-            "unrecognized arguments:": "无法识别的参数:",
-            "the following arguments are required:": "缺少参数:",
-            "expected one argument": "后面缺少一个值",
-            "invalid choice:": "没有这个选择:",
-            "choose from": "可选",
-            "argument ": "参数 ",
-        }
-        for english, translation in chinese.items():
-            message = message.replace(english, translation)
-        unknown = re.search(r"无法识别的参数: (--?[\w-]+)", message)
-        if unknown:
-            nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message += f"。是不是想用 {nearest[0]}?" if nearest else ""
-        raise UsageError(f"{message}。用法见: python infer.py --help")
-
-
-class _VersionAction(argparse.Action):
-    def __call__(self, parser, *arguments):
-        print(", ".join(f"{name} {version}" for name, version in package_versions().items()))
-        parser.exit()
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of this program, of Python and of those packages that are installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"infer.py": __version__, "Python": platform.python_version()}
-    for package in ("torch", "torchvision", "pillow", "numpy", "onnxruntime"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
-
-
-def _at_least(kind: type, low: float, high: float = float("inf")):
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            span = f"不小于 {low} 的" if high == float("inf") else f"{low} 到 {high} 之间的"
-            raise argparse.ArgumentTypeError(f"应为{span}{'整数' if kind is int else '数'},而不是 {text}")
-        return value
-
-    return convert
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"应为 auto、cpu、cuda、cuda:N 或 mps,而不是 {text}")
-    return text
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of DESIGN.md."""
-    parser = _Parser(
-        prog="infer.py",
-        usage="python infer.py 图片 [图片 ...] [选项]",
-        description="用中文说出图片里有什么。",
-        epilog=EPILOG,
-        formatter_class=_HelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument_group("输入").add_argument
-    add("inputs", metavar="图片", nargs="*", help="图片、文件夹(含子文件夹)、通配符,或 - (从标准输入读路径)")
-    add = parser.add_argument_group("模型").add_argument
-    add("-m", "--model", metavar="NAME", help=f"模型入口名或 .onnx 文件 [{DEFAULT_MODEL},没有权重时 {FALLBACK_MODEL}]")
-    add("--repo", metavar="REPO", help="torch.hub 仓库: 文件夹或 OWNER/NAME[:REF] [infer.py 所在文件夹]")
-    add("--trust-repo", action="store_true", help="允许运行远程仓库的代码")
-    add("--weights", metavar="PATH", help="权重文件,或含 pytorch_model.pt 和 meta_info.txt 的文件夹")
-    add("--labels", metavar="FILE", help="改用这个标签文件(JSON、每行一个的文本或 meta_info.txt)")
-    add("--offline", action="store_true", help="不访问网络(同环境变量 WWTS_OFFLINE=1)")
-    add("-d", "--device", metavar="DEV", type=_device, default="auto", help="auto、cpu、cuda、cuda:N、mps [auto]")
-    add("--dtype", metavar="TYPE", choices=DTYPES, default="auto", help=f"{'、'.join(DTYPES)} [auto: CUDA 用 float16]")
-    add("--engine", metavar="ENGINE", choices=ENGINES, default="auto", help="auto、torch、onnx [auto: 见 --export]")
-    export_help = "导出为 ONNX;不写 FILE 则存入用户缓存文件夹,此后没有 NVIDIA 显卡时自动使用"
-    add("--export", metavar="FILE.onnx", nargs="?", const="", help=export_help)
-    add("--check", action="store_true", help="检查机器、安装和模型,逐项打 ✓ 或 ✗")
-    add("--bench", action="store_true", help="测速: 冷启动、延迟、吞吐、解码、内存 [用自带示例图片]")
-    add(
-        "--price-per-hour", metavar="YUAN", type=_at_least(float, 0), help="机器每小时的价钱(元),测速时折算每千张的费用"
-    )
-    add("-b", "--batch-size", metavar="N", type=_at_least(int, 1), help="每批几张 [CUDA 64,否则 8]")
-    add("-j", "--workers", metavar="N", type=_at_least(int, 1), help="解码线程数 [处理器核数]")
-    add = parser.add_argument_group("输出").add_argument
-    add("-k", "--topk", metavar="N", type=_at_least(int, 1), default=5, help="每张图最多几个标签 [5]")
-    add("-t", "--threshold", metavar="P", type=_at_least(float, 0, 1), default=0.0, help="最低置信度 [0]")
-    add("-f", "--format", metavar="FMT", choices=list(FORMATS), help="标准输出的格式: text、jsonl、csv [text]")
-    add("-o", "--output", metavar="FILE", help="结果写入这个 .jsonl 或 .csv 文件")
-    add("--resume", action="store_true", help="接着写 -o 的文件,跳过已有记录的图片")
-    add("--overwrite", action="store_true", help="覆盖 -o 的文件")
-    add(
-        "--expect",
-        metavar="LABEL",
-        action="append",
-        help="每张图的前 K 个标签里应有它(可写多个,有一个即可),否则退出状态 1",
-    )
-    add("--cache", metavar="FILE|redis://…", nargs="?", const="", help="缓存结果,同一图片不再重算 [用户缓存文件夹]")
-    add("-q", "--quiet", action="store_true", help="不显示 [INFO] 信息和进度")
-    add("--version", action=_VersionAction, nargs=0, help="显示版本")
-    add("-h", "--help", action="help", help="显示本说明")
-    return parser
-
-
-def open_output(arguments: argparse.Namespace, rank: int | None) -> OutputFile | None:
-    """The file of -o, with what --resume finds in it; rank is put into its name. Raises UsageError."""
-    if arguments.output is None:
-        if arguments.resume or arguments.overwrite:
-            raise UsageError("--resume 和 --overwrite 要与 -o 一起用")
-        return None
-    path = Path(arguments.output)
-    if path.suffix not in (".jsonl", ".csv") or arguments.format:
-        raise UsageError("-o 的文件名应以 .jsonl 或 .csv 结尾,格式由它决定,不要再用 -f")
-    if not path.parent.is_dir():
-        raise UsageError(f"文件夹 {path.parent} 不存在")
-    arguments.format = path.suffix[1:]
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} 不是普通文件")
-    path = path if rank is None else path.with_suffix(f".rank{rank}{path.suffix}")
-    output = OutputFile(path, FORMATS[arguments.format](arguments.topk))
-    if arguments.resume:
-        output.resume()
-    elif not arguments.overwrite and output.path.exists() and output.path.stat().st_size:
-        raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
-    return output
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Recognise everything that was asked for; return the exit status."""
-    # torchrun's convention: this is process RANK of WORLD_SIZE, and LOCAL_RANK on its machine.
-    try:
-        rank, world_size, local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-    except ValueError as error:
-        raise UsageError(f"环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数: {error}") from error
-    if world_size > 1 and "-" in arguments.inputs:
-        raise UsageError("用 torchrun 时不能从标准输入读路径,请改用文件夹或通配符")
-    if arguments.cache and os.path.splitext(arguments.cache)[1].lower() in COMMON_EXTENSIONS:
-        raise UsageError(f"--cache 后面的 {arguments.cache} 会被当作缓存文件;请把 --cache 写在图片后面")
-    output = open_output(arguments, rank if world_size > 1 else None)
-    if arguments.cache == "":
-        arguments.cache = cache_folder() / "results.sqlite"
-    graph = arguments.engine == "onnx" or str(arguments.model).endswith(".onnx")
-    if world_size > 1 and arguments.device in ("auto", "cuda") and not graph and has_nvidia_gpu():
-        arguments.device = f"cuda:{local_rank}" if import_torch().cuda.is_available() else arguments.device
-    recognizer = Recognizer(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recognizer)})
-
-    if arguments.export is not None:
-        return run_export(recognizer, arguments)
-    if arguments.check or arguments.bench:
-        if arguments.format == "csv":
-            raise UsageError("--check 和 --bench 的格式只有 text 和 jsonl")
-        return (run_check if arguments.check else run_bench)(recognizer, arguments)
-    if not arguments.inputs:
-        raise UsageError("缺少参数: 图片。用法见: python infer.py --help")
-    if arguments.expect:
-        if arguments.resume:
-            raise UsageError("--expect 不能与 --resume 同用: 已有记录的图片不会再看")
-        unknown = set(arguments.expect) - set(recognizer.load().spec["labels"])
-        if unknown:
-            raise UsageError(
-                f"{recognizer.name} 没有这些标签: {','.join(sorted(unknown))}。--expect 应写模型自己的标签"
-            )
-    counts: collections.Counter = collections.Counter()
-
-    def images() -> Iterator[str]:
-        return itertools.islice(find_images(arguments.inputs), rank, None, world_size)
-
-    def remaining() -> Iterator[str]:
-        for path in images():
-            counts["found"] += 1
-            if output is None or path not in output:
-                yield path
-
-    todo = remaining()
-    first = next(todo, None)
-    if not counts["found"] and not rank:
-        raise UsageError("没有找到图片")
-    if output is not None:
-        # An .onnx file tells its model's name only when it is loaded, which a finished run shall not need.
-        output.check(None if str(arguments.model).endswith(".onnx") else arguments.model, arguments.topk, 0)
-    signals: list[int] = []
-    start = time.monotonic()
-    if first is not None:
-        if output is not None:
-            model = recognizer.identify()
-            most = min(arguments.topk, model["num_classes"])
-            output.check(model["name"], most, 0 if arguments.threshold else most)
-        form = FORMATS[arguments.format or "text"](arguments.topk)
-        file: Any = output or sys.stdout
-        head = form.head if output is None or not output.size else ""
-        start = time.monotonic()
-        bar = _progress_bar(output, lambda: None if "-" in arguments.inputs else sum(1 for _ in images()))
-        stream = contextlib.closing(recognizer.stream(itertools.chain([first], todo), reproducible=output is not None))
-        with bar as advance, _interruptible(recognizer.stop, signals), stream as results:
-            for result in results:
-                file.write(head + form.format(result))
-                file.flush()
-                head = ""
-                counts.update(done=1, failed=result.error is not None, cached=result.cached)
-                if arguments.expect and not {p.label for p in result.predictions} & set(arguments.expect):
-                    counts["unexpected"] += 1
-                    log.error("%s: 答案里没有 %s", result.path, " 或 ".join(arguments.expect))
-                advance(counts["failed"])
-    if counts["found"] > 1 or output is not None:
-        log.info(
-            "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张,%.1f 张/秒",
-            "中断" if signals else "完成",
-            *(counts["done"], counts["failed"], counts["cached"], 0 if output is None else len(output.inputs)),
-            counts["done"] / max(time.monotonic() - start, 1e-3),
-        )
-    if signals:
-        log.warning("已中断。%s", f"加上 --resume 再运行,会接着写 {output.path}" if output else "再运行会从头开始")
-        return 128 + signals[0]
-    return 1 if counts["failed"] or counts["unexpected"] or (output is not None and output.failures) else 0
-
-
-def _photos(arguments: argparse.Namespace, most: int) -> list[str]:
-    """The first of the images that were named, or the samples; raises UsageError if there are none."""
-    photos = list(itertools.islice(find_images(arguments.inputs or [str(HERE / "samples")]), most))
-    if not photos or not os.path.exists(photos[0]):
-        raise UsageError(f"没有找到图片{'' if arguments.inputs else ' samples;请在命令里给出几张'}")
-    return photos
-
-
-def run_export(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
-    """Write the model's graph where it was asked for, or where later runs look for it."""
-    photos = _photos(arguments, 20)
-    if arguments.export and (not arguments.export.endswith(".onnx") or os.path.isdir(arguments.export)):
-        raise UsageError("--export 后面应是以 .onnx 结尾的文件名;不写文件名时请把 --export 写在最后")
-    recognizer = dataclasses.replace(recognizer, engine="torch", device="cpu", dtype="float32")
-    engine = recognizer.load()
-    recognizer.name = engine.spec["name"]
-    path = Path(arguments.export) if arguments.export else recognizer.kept_graph()
-    if not arguments.export and "files" not in engine.spec:
-        raise UsageError("这个模型没有说明它由哪些文件构成,无法得知权重是否变化;请写明导出的文件名,再用 -m 指定它")
-    log.info("正在导出 %s,需要十几秒到一分钟", path)
-    with _replacing(path) as folder:
-        target = folder / path.name
-        if arguments.export:
-            difference = export_graph(engine, target, photos)
-        else:
-            target.mkdir()
-            difference = export_graph(engine, target / "graph.onnx", photos, separate_weights=True)
-            states = _file_states(str(target / name) for name in sorted(os.listdir(target)))
-            states = [[str(path / Path(file).name), *state] for file, *state in states]
-            (target / "files.json").write_text(json.dumps(states + _file_states(engine.spec["files"])))
-    log.info("已导出 %s,在 %d 张照片上与 torch 的置信度最多相差 %.1g", path, len(photos), difference)
-    return 0
+# ---------------------------------------------------------------- measuring and checking
 
 
 def run_bench(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
@@ -1706,7 +1431,15 @@ def _rate(work: Callable[[], int]) -> float:
     return done / seconds
 
 
-# ---------------------------------------------------------------- check
+def package_versions() -> dict[str, str]:
+    """Versions of this program, of Python and of those packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"infer.py": __version__, "Python": platform.python_version()}
+    for package in ("torch", "torchvision", "pillow", "numpy", "onnxruntime"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 class Skipped(Exception):
@@ -1720,7 +1453,7 @@ LITE_ANSWERS = {
     "palace.jpg": (698, "宫殿", 0.399),
     "tripod.jpg": (872, "三脚架", 0.615),
 }
-# Milliseconds for one image with torch: CPU, measured on 2 cores; CUDA, what launching the kernels takes.
+# Milliseconds for one image with torch: CPU, measured on 2 cores; CUDA, estimated from the number of kernels launched.
 USUAL_LATENCY = {
     (FALLBACK_MODEL, "cpu"): 40,
     (DEFAULT_MODEL, "cpu"): 250,
@@ -1739,7 +1472,7 @@ class Check:
     def __init__(self, recognizer: Recognizer):
         graph = str(recognizer.model).endswith(".onnx")
         self.recognizer = recognizer if graph else dataclasses.replace(recognizer, engine="torch")
-        self.photos = sorted(str(path) for path in (HERE / "samples").glob("*.jpg"))
+        self.photos = [str(path) for path in (HERE / "samples" / name for name in LITE_ANSWERS) if path.is_file()]
         self._engine: TorchEngine | OnnxEngine | None = None
 
     @property
@@ -1990,6 +1723,271 @@ def run_check(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
             print(f"{marks[status]} {title}: {printable(detail)}", flush=True)
     log.info("%s: %d 项通过,%d 项不通过,%d 项跳过", check.recognizer.name or "模型没有加载", *counts.values())
     return 3 if counts["failed"] else 0
+
+
+# ---------------------------------------------------------------- command line
+
+EPILOG = """\
+示例:
+  python infer.py samples/cat.jpg                       识别一张图片
+  python infer.py 照片文件夹 -o 结果.csv                  识别整个文件夹,Excel 可直接打开结果
+  python infer.py 照片文件夹 -o 结果.csv --resume         中断后接着做,已有结果的不重做
+  find . -name '*.jpg' | python infer.py - -f jsonl     从标准输入读路径,每行一个
+  python infer.py --weights wwts_base x.jpg             使用手工下载的 wwts_cn_base 权重
+  python infer.py --repo 文件夹 -m resnet18 x.jpg       任何 ImageNet-1k 的 torch.hub 模型
+
+退出状态: 0 全部识别  1 有图片失败,其余已完成  2 用法错误  3 模型、权重或标签不可用  130 被中断
+"""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def add_usage(self, usage, actions, groups, prefix=None):
+        super().add_usage(usage, actions, groups, prefix="用法: ")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        chinese = {
+            "unrecognized arguments:": "无法识别的参数:",
+            "the following arguments are required:": "缺少参数:",
+            "expected one argument": "后面缺少一个值",
+            "invalid choice:": "没有这个选择:",
+            "choose from": "可选",
+            "argument ": "参数 ",
+        }
+        for english, translation in chinese.items():
+            message = message.replace(english, translation)
+        unknown = re.search(r"无法识别的参数: (--?[\w-]+)", message)
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f"。是不是想用 {nearest[0]}?" if nearest else ""
+        raise UsageError(f"{message}。用法见: python infer.py --help")
+
+
+class _VersionAction(argparse.Action):
+    def __call__(self, parser, *arguments):
+        print(", ".join(f"{name} {version}" for name, version in package_versions().items()))
+        parser.exit()
+
+
+def _at_least(kind: type, low: float, high: float = float("inf")):
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            span = f"不小于 {low} 的" if high == float("inf") else f"{low} 到 {high} 之间的"
+            raise argparse.ArgumentTypeError(f"应为{span}{'整数' if kind is int else '数'},而不是 {text}")
+        return value
+
+    return convert
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"应为 auto、cpu、cuda、cuda:N 或 mps,而不是 {text}")
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of DESIGN.md."""
+    parser = _Parser(
+        prog="infer.py",
+        usage="python infer.py 图片 [图片 ...] [选项]",
+        description="用中文说出图片里有什么。",
+        epilog=EPILOG,
+        formatter_class=_HelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("输入").add_argument
+    add("inputs", metavar="图片", nargs="*", help="图片、文件夹(含子文件夹)、通配符,或 - (从标准输入读路径)")
+    add = parser.add_argument_group("模型").add_argument
+    add("-m", "--model", metavar="NAME", help=f"模型入口名或 .onnx 文件 [{DEFAULT_MODEL},没有权重时 {FALLBACK_MODEL}]")
+    add("--repo", metavar="REPO", help="torch.hub 仓库: 文件夹或 OWNER/NAME[:REF] [infer.py 所在文件夹]")
+    add("--trust-repo", action="store_true", help="允许运行远程仓库的代码")
+    add("--weights", metavar="PATH", help="权重文件,或含 pytorch_model.pt 和 meta_info.txt 的文件夹")
+    add("--labels", metavar="FILE", help="改用这个标签文件(JSON、每行一个的文本或 meta_info.txt)")
+    add("--offline", action="store_true", help="不访问网络(同环境变量 WWTS_OFFLINE=1)")
+    add("-d", "--device", metavar="DEV", type=_device, default="auto", help="auto、cpu、cuda、cuda:N、mps [auto]")
+    add("--dtype", metavar="TYPE", choices=DTYPES, default="auto", help=f"{'、'.join(DTYPES)} [auto: CUDA 用 float16]")
+    add("--engine", metavar="ENGINE", choices=ENGINES, default="auto", help="auto、torch、onnx [auto: 见 --export]")
+    export_help = "导出为 ONNX;不写 FILE 则存入用户缓存文件夹,此后没有 NVIDIA 显卡时自动使用"
+    add("--export", metavar="FILE.onnx", nargs="?", const="", help=export_help)
+    add("--check", action="store_true", help="检查机器、安装和模型,逐项打 ✓ 或 ✗")
+    add("--bench", action="store_true", help="测速: 冷启动、延迟、吞吐、解码、内存 [用自带示例图片]")
+    add(
+        "--price-per-hour", metavar="YUAN", type=_at_least(float, 0), help="机器每小时的价钱(元),测速时折算每千张的费用"
+    )
+    add("-b", "--batch-size", metavar="N", type=_at_least(int, 1), help="每批几张 [CUDA 64,否则 8]")
+    add("-j", "--workers", metavar="N", type=_at_least(int, 1), help="解码线程数 [处理器核数]")
+    add = parser.add_argument_group("输出").add_argument
+    add("-k", "--topk", metavar="N", type=_at_least(int, 1), default=5, help="每张图最多几个标签 [5]")
+    add("-t", "--threshold", metavar="P", type=_at_least(float, 0, 1), default=0.0, help="最低置信度 [0]")
+    add("-f", "--format", metavar="FMT", choices=list(FORMATS), help="标准输出的格式: text、jsonl、csv [text]")
+    add("-o", "--output", metavar="FILE", help="结果写入这个 .jsonl 或 .csv 文件")
+    add("--resume", action="store_true", help="接着写 -o 的文件,跳过已有记录的图片")
+    add("--overwrite", action="store_true", help="覆盖 -o 的文件")
+    add(
+        "--expect",
+        metavar="LABEL",
+        action="append",
+        help="每张图的前 K 个标签里应有它(可写多个,有一个即可),否则退出状态 1",
+    )
+    add("--cache", metavar="FILE|redis://…", nargs="?", const="", help="缓存结果,同一图片不再重算 [用户缓存文件夹]")
+    add("-q", "--quiet", action="store_true", help="不显示 [INFO] 信息和进度")
+    add("--version", action=_VersionAction, nargs=0, help="显示版本")
+    add("-h", "--help", action="help", help="显示本说明")
+    return parser
+
+
+def open_output(arguments: argparse.Namespace, rank: int | None) -> OutputFile | None:
+    """The file of -o, with what --resume finds in it; rank is put into its name. Raises UsageError."""
+    if arguments.output is None:
+        if arguments.resume or arguments.overwrite:
+            raise UsageError("--resume 和 --overwrite 要与 -o 一起用")
+        return None
+    path = Path(arguments.output)
+    if path.suffix not in (".jsonl", ".csv") or arguments.format:
+        raise UsageError("-o 的文件名应以 .jsonl 或 .csv 结尾,格式由它决定,不要再用 -f")
+    if not path.parent.is_dir():
+        raise UsageError(f"文件夹 {path.parent} 不存在")
+    arguments.format = path.suffix[1:]
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} 不是普通文件")
+    path = path if rank is None else path.with_suffix(f".rank{rank}{path.suffix}")
+    output = OutputFile(path, FORMATS[arguments.format](arguments.topk))
+    if arguments.resume:
+        output.resume()
+    elif not arguments.overwrite and output.path.exists() and output.path.stat().st_size:
+        raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
+    return output
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Recognise everything that was asked for; return the exit status."""
+    # torchrun's convention: this is process RANK of WORLD_SIZE, and LOCAL_RANK on its machine.
+    try:
+        rank, world_size, local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+    except ValueError as error:
+        raise UsageError(f"环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数: {error}") from error
+    if world_size > 1 and "-" in arguments.inputs:
+        raise UsageError("用 torchrun 时不能从标准输入读路径,请改用文件夹或通配符")
+    if arguments.cache and os.path.splitext(arguments.cache)[1].lower() in COMMON_EXTENSIONS:
+        raise UsageError(f"--cache 后面的 {arguments.cache} 会被当作缓存文件;请把 --cache 写在图片后面")
+    output = open_output(arguments, rank if world_size > 1 else None)
+    if arguments.cache == "":
+        arguments.cache = cache_folder() / "results.sqlite"
+    graph = arguments.engine == "onnx" or str(arguments.model).endswith(".onnx")
+    if world_size > 1 and arguments.device in ("auto", "cuda") and not graph and has_nvidia_gpu():
+        arguments.device = f"cuda:{local_rank}" if import_torch().cuda.is_available() else arguments.device
+    recognizer = Recognizer(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recognizer)})
+
+    if arguments.export is not None:
+        return run_export(recognizer, arguments)
+    if arguments.check or arguments.bench:
+        if arguments.format == "csv":
+            raise UsageError("--check 和 --bench 的格式只有 text 和 jsonl")
+        return (run_check if arguments.check else run_bench)(recognizer, arguments)
+    if not arguments.inputs:
+        raise UsageError("缺少参数: 图片。用法见: python infer.py --help")
+    if arguments.expect:
+        if arguments.resume:
+            raise UsageError("--expect 不能与 --resume 同用: 已有记录的图片不会再看")
+        unknown = set(arguments.expect) - set(recognizer.load().spec["labels"])
+        if unknown:
+            raise UsageError(
+                f"{recognizer.name} 没有这些标签: {','.join(sorted(unknown))}。--expect 应写模型自己的标签"
+            )
+    counts: collections.Counter = collections.Counter()
+
+    def images() -> Iterator[str]:
+        return itertools.islice(find_images(arguments.inputs), rank, None, world_size)
+
+    def remaining() -> Iterator[str]:
+        for path in images():
+            counts["found"] += 1
+            if output is None or path not in output:
+                yield path
+
+    todo = remaining()
+    first = next(todo, None)
+    if not counts["found"] and not rank:
+        raise UsageError("没有找到图片")
+    if output is not None:
+        # An .onnx file tells its model's name only when it is loaded, which a finished run shall not need.
+        output.check(None if str(arguments.model).endswith(".onnx") else arguments.model, arguments.topk, 0)
+    signals: list[int] = []
+    start = time.monotonic()
+    if first is not None:
+        if output is not None:
+            model = recognizer.identify()
+            most = min(arguments.topk, model["num_classes"])
+            output.check(model["name"], most, 0 if arguments.threshold else most)
+        form = FORMATS[arguments.format or "text"](arguments.topk)
+        file: Any = output or sys.stdout
+        head = form.head if output is None or not output.size else ""
+        start = time.monotonic()
+        bar = _progress_bar(output, lambda: None if "-" in arguments.inputs else sum(1 for _ in images()))
+        stream = contextlib.closing(recognizer.stream(itertools.chain([first], todo), reproducible=output is not None))
+        with bar as advance, _interruptible(recognizer.stop, signals), stream as results:
+            for result in results:
+                file.write(head + form.format(result))
+                file.flush()
+                head = ""
+                counts.update(done=1, failed=result.error is not None, cached=result.cached)
+                if arguments.expect and not {p.label for p in result.predictions} & set(arguments.expect):
+                    counts["unexpected"] += 1
+                    log.error("%s: 答案里没有 %s", result.path, " 或 ".join(arguments.expect))
+                advance(counts["failed"])
+    if counts["found"] > 1 or output is not None:
+        log.info(
+            "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张,%.1f 张/秒",
+            "中断" if signals else "完成",
+            *(counts["done"], counts["failed"], counts["cached"], 0 if output is None else len(output.inputs)),
+            counts["done"] / max(time.monotonic() - start, 1e-3),
+        )
+    if signals:
+        log.warning("已中断。%s", f"加上 --resume 再运行,会接着写 {output.path}" if output else "再运行会从头开始")
+        return 128 + signals[0]
+    return 1 if counts["failed"] or counts["unexpected"] or (output is not None and output.failures) else 0
+
+
+def _photos(arguments: argparse.Namespace, most: int) -> list[str]:
+    """The first of the images that were named, or the samples; raises UsageError if there are none."""
+    photos = list(itertools.islice(find_images(arguments.inputs or [str(HERE / "samples")]), most))
+    if not photos or not os.path.exists(photos[0]):
+        raise UsageError(f"没有找到图片{'' if arguments.inputs else ' samples;请在命令里给出几张'}")
+    return photos
+
+
+def run_export(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
+    """Write the model's graph where it was asked for, or where later runs look for it."""
+    photos = _photos(arguments, 20)
+    if arguments.export and (not arguments.export.endswith(".onnx") or os.path.isdir(arguments.export)):
+        raise UsageError("--export 后面应是以 .onnx 结尾的文件名;不写文件名时请把 --export 写在最后")
+    recognizer = dataclasses.replace(recognizer, engine="torch", device="cpu", dtype="float32")
+    engine = recognizer.load()
+    recognizer.name = engine.spec["name"]
+    path = Path(arguments.export) if arguments.export else recognizer.kept_graph()
+    if not arguments.export and "files" not in engine.spec:
+        raise UsageError("这个模型没有说明它由哪些文件构成,无法得知权重是否变化;请写明导出的文件名,再用 -m 指定它")
+    log.info("正在导出 %s,需要十几秒到一分钟", path)
+    with _replacing(path) as folder:
+        target = folder / path.name
+        if arguments.export:
+            difference = export_graph(engine, target, photos)
+        else:
+            target.mkdir()
+            difference = export_graph(engine, target / "graph.onnx", photos, separate_weights=True)
+            states = _file_states(str(target / name) for name in sorted(os.listdir(target)))
+            states = [[str(path / Path(file).name), *state] for file, *state in states]
+            (target / "files.json").write_text(json.dumps(states + _file_states(engine.spec["files"])))
+    log.info("已导出 %s,在 %d 张照片上与 torch 的置信度最多相差 %.1g", path, len(photos), difference)
+    return 0
 
 
 @contextlib.contextmanager

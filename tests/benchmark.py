@@ -162,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["XDG_CACHE_HOME"] = temporary
         subprocess.run([sys.executable, str(ROOT / "infer.py"), "-m", "wwts_cn_lite", "--export", "-q"], check=True)
-        graph = str(next(Path(temporary, "wwts").glob("*.onnx")))
+        graph = str(next(Path(temporary, "wwts").glob("*/graph.onnx")))
         one, many = Path(temporary, "one"), arguments.folder or Path(temporary, "many")
         one.mkdir()
         make_photos(one, 1)
