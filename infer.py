@@ -32,13 +32,10 @@ import itertools
 import json
 import logging
 import os
-import platform
 import queue
 import re
-import shutil
 import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -678,6 +675,8 @@ def _read_pixels(photos: list[str], spec: dict[str, Any]) -> Iterator[numpy.ndar
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A folder to write path in; when all went well path is replaced by what it holds under that name."""
+    import shutil
+
     folder = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         folder.mkdir(parents=True)
@@ -1357,6 +1356,8 @@ def printable(text: str) -> str:
 
 def run_bench(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
     """Measure what a user waits for and pays for, with the model, device and engine chosen; print a table."""
+    import subprocess
+
     photos = _photos(arguments, 1000)
     engine = recognizer.load()
     pixels = list(_read_pixels(photos[:64], engine.spec))
@@ -1435,7 +1436,7 @@ def package_versions() -> dict[str, str]:
     """Versions of this program, of Python and of those packages that are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {"infer.py": __version__, "Python": platform.python_version()}
+    versions = {"infer.py": __version__, "Python": sys.version.split()[0]}
     for package in ("torch", "torchvision", "pillow", "numpy", "onnxruntime"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
@@ -1533,6 +1534,9 @@ class Check:
 
     def device(self) -> str:
         """That computes, with its memory, driver and CUDA."""
+        import platform
+        import subprocess
+
         torch = import_torch()
         device = choose_device(self.recognizer.device)
         if device.type == "cuda":
