@@ -1197,10 +1197,10 @@ def _walk(folder: str, extensions: set[str]) -> Iterator[str]:
 class Text:
     """The block that people read: results to standard output, the name of the image to standard error."""
 
-    head = ""
+    head = ""  # what comes before the first record
 
     def __init__(self, topk: int):
-        pass
+        self.topk = topk
 
     def format(self, result: Result) -> str:
         """The block for one image; what is not a result is logged."""
@@ -1214,14 +1214,10 @@ class Text:
         return "".join(["[RESULT] 识别结果:\n", *(lines or [" (没有达到阈值的标签)\n"])])
 
 
-class Jsonl:
+class Jsonl(Text):
     """One JSON object a line."""
 
-    head = ""
     begins = b'{"path": "'  # as every file does
-
-    def __init__(self, topk: int):
-        pass
 
     def format(self, result: Result) -> str:
         """The line for one image."""
@@ -1239,11 +1235,11 @@ class Jsonl:
         return path
 
 
-class Csv:
+class Csv(Text):
     """One line an image, for Excel: path, model, label_1, confidence_1, …, error."""
 
     def __init__(self, topk: int):
-        self.topk = topk
+        super().__init__(topk)
         columns = [f"{name}_{rank}" for rank in range(1, topk + 1) for name in ("label", "confidence")]
         self.head = "\ufeff" + ",".join(["path", "model", *columns, "error"]) + "\r\n"  # Excel wants the mark
         self.begins = self.head.encode()
@@ -1342,9 +1338,6 @@ class OutputFile:
             raise
         self.size += len(data)
 
-    def flush(self) -> None:
-        """Every record is with the operating system already."""
-
 
 def printable(text: str) -> str:
     """Escape control characters, so that a file name or label cannot steer the terminal."""
@@ -1402,8 +1395,12 @@ def run_bench(recognizer: Recognizer, arguments: argparse.Namespace) -> int:
             yield "商用 API 一次调用(对比单张延迟)", 150.0, "毫秒"
 
     identity = {"model": engine.spec["name"], "device": engine.device_name}
-    with _bar(None, "项", show=sys.stderr.isatty() and not arguments.quiet) as bar:
-        rows = [row for row in measure() if bar.update() or True]
+    total = len(sizes) + 6 + cuda + 3 * (arguments.price_per_hour is not None)
+    with _bar(total, "项", show=sys.stderr.isatty() and not arguments.quiet) as bar:
+        rows = []
+        for row in measure():
+            rows.append(row)
+            bar.update()
     for name, value, unit in rows:
         if arguments.format == "jsonl":
             print(json.dumps(identity | {"measurement": name, "value": value, "unit": unit}, ensure_ascii=False))
@@ -1932,15 +1929,14 @@ def run(arguments: argparse.Namespace) -> int:
             most = min(arguments.topk, model["num_classes"])
             output.check(model["name"], most, 0 if arguments.threshold else most)
         form = FORMATS[arguments.format or "text"](arguments.topk)
-        file: Any = output or sys.stdout
+        write = functools.partial(print, end="", flush=True) if output is None else output.write
         head = form.head if output is None or not output.size else ""
         start = time.monotonic()
         bar = _progress_bar(output, lambda: None if "-" in arguments.inputs else sum(1 for _ in images()))
         stream = contextlib.closing(recognizer.stream(itertools.chain([first], todo), reproducible=output is not None))
         with bar as advance, _interruptible(recognizer.stop, signals), stream as results:
             for result in results:
-                file.write(head + form.format(result))
-                file.flush()
+                write(head + form.format(result))
                 head = ""
                 counts.update(done=1, failed=result.error is not None, cached=result.cached)
                 if arguments.expect and not {p.label for p in result.predictions} & set(arguments.expect):
