@@ -1761,7 +1761,7 @@ class _Parser(argparse.ArgumentParser):
         unknown = re.search(r"无法识别的参数: (--?[\w-]+)", message)
         if unknown:
             nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message += f"。是不是想用 {nearest[0]}?" if nearest else ""
+            message += f"(是不是想用 {nearest[0]}?)" if nearest else ""
         raise UsageError(f"{message}。用法见: python infer.py --help")
 
 
@@ -1945,9 +1945,10 @@ def run(arguments: argparse.Namespace) -> int:
                 advance(counts["failed"])
     if counts["found"] > 1 or output is not None:
         log.info(
-            "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张,%.1f 张/秒",
+            "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张(失败 %d 张),%.1f 张/秒",
             "中断" if signals else "完成",
-            *(counts["done"], counts["failed"], counts["cached"], 0 if output is None else len(output.inputs)),
+            *(counts["done"], counts["failed"], counts["cached"]),
+            *((0, 0) if output is None else (len(output.inputs), output.failures)),
             counts["done"] / max(time.monotonic() - start, 1e-3),
         )
     if signals:
