@@ -125,17 +125,35 @@ def wwts_cn_lite(weights="DEFAULT", offline=None):
 
 def _build(network, checkpoint, labels_file, expected_sha256=None, **spec):
     """The network with its weights and its spec, ready for inference."""
+    states = {}
+    for file in (checkpoint, labels_file):
+        with contextlib.suppress(OSError):
+            st = file.stat()
+            states[str(file.absolute())] = [st.st_size, st.st_mtime_ns, st.st_ctime_ns]
     with torch.device("meta"):
         model = network(spec["num_classes"])
     sha256 = _load_checkpoint(model, checkpoint, expected_sha256)
     spec["labels"] = _read_labels(labels_file)
     if len(spec["labels"]) != spec["num_classes"]:
         raise ValueError(f"{labels_file} 中的标签有 {len(spec['labels'])} 个,应为 {spec['num_classes']} 个")
-    # It covers the weights and how they are used, but not where they lie.
-    text = json.dumps([sha256, spec], ensure_ascii=False, sort_keys=True)
-    spec["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:32]
-    spec["files"] = [str(file.absolute()) for file in (checkpoint, labels_file)]
+    spec["sha256"], spec["files"] = sha256, states
     model.spec = spec
+
+    def fuse():
+        import itertools
+
+        from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+        leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
+        for (_, conv), (name, bn) in itertools.pairwise(leaves):
+            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+                )
+                model.set_submodule(name, nn.Identity())
+        return model
+
+    model.fuse = fuse
     return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""把模型导出为 ONNX,在没有 NVIDIA 显卡的机器上快得多;与 torch 核对过结果才保存。
+
+先安装: pip install onnx onnxscript onnxruntime
+
+用法: python export.py [FILE.onnx] [选项]
+
+  FILE.onnx               导出成这个独立的文件,以后用 infer.py -m FILE.onnx
+                          [存入用户缓存文件夹,此后 infer.py 自动使用它]
+  --photos PATH           用来核对的图片、文件夹或通配符(可写多个)
+                          [自带的 samples]
+  -m, --repo, --trust-repo, --weights, --labels, --offline
+                          与 infer.py 相同: 导出哪个模型
+  -q, --quiet             不显示 [INFO] 信息
+  -h, --help              显示本说明
+
+示例:
+  python export.py -m wwts_cn_lite               约 12 秒(wwts_cn_base 约 25 秒)
+  python export.py -m wwts_cn_lite lite.onnx
+
+退出状态: 0 已导出  2 用法错误  3 模型不可用、两者结果不一致或写不进去
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+
+from infer import (
+    ModelError,
+    OnnxEngine,
+    Parser,
+    Spec,
+    TorchEngine,
+    UsageError,
+    add_model_options,
+    build_recognizer,
+    decode_image,
+    describe_image_error,
+    file_state,
+    find_images,
+    import_torch,
+    kept_graph,
+    one_line,
+    open_image,
+    preprocess,
+    remember,
+    replacing,
+    run_command,
+)
+
+__all__ = ["export_graph", "find_photos", "read_pixels"]
+
+log = logging.getLogger("wwts")
+HERE = Path(__file__).resolve().parent
+
+
+def find_photos(inputs: list[str] | None, most: int) -> list[str]:
+    """The first of the images that were named, or the samples; raises UsageError if there are none."""
+    photos = list(itertools.islice(find_images(inputs or [str(HERE / "samples")]), most))
+    if not photos or not os.path.exists(photos[0]):
+        raise UsageError(f"没有找到图片{'' if inputs else ' samples;请在命令里给出几张'}")
+    return photos
+
+
+def read_pixels(photos: list[str], spec: Spec) -> Iterator[numpy.ndarray]:
+    """Images as the spec prepares them, crop×crop×3 uint8; raises UsageError at one that cannot be read."""
+    for photo in photos:
+        try:
+            with open_image(photo) as file:
+                yield preprocess(decode_image(file), spec)
+        except Exception as error:  # a broken file can make a decoder raise anything
+            raise UsageError(f"{photo}: {describe_image_error(error)}") from error
+
+
+def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_weights: bool = False) -> float:
+    """Write an engine's model as an ONNX file: N×crop×crop×3 uint8 in, N×classes confidences out.
+
+    The engine must be on the CPU in float32. With ``separate_weights`` the weights lie beside the file in
+    another, which is mapped into memory: that starts sooner and has no limit of 2 GiB. The graph is checked
+    against the engine on the photos; returns the largest difference in confidence. Raises ModelError if a
+    package is missing, the model cannot be exported, or the two do not agree.
+    """
+    torch = import_torch()
+    try:
+        import onnx  # noqa: F401  (torch.onnx asks for them too late and at length)
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ModelError("导出需要 onnx 和 onnxscript,请运行: pip install onnx onnxscript onnxruntime") from error
+    spec = engine.spec
+    size = sum(value.numel() * value.element_size() for value in engine.model.state_dict().values())
+    if size > 2**31 - 2**26 and not separate_weights:
+        raise ModelError(f"模型有 {size / 2**30:.1f} GiB,超过单个 ONNX 文件的 2 GiB 上限;不写文件名则没有这个限制")
+
+    class Graph(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = engine.model
+            for name in ("mean", "std"):
+                self.register_buffer(f"pixel_{name}", torch.tensor(getattr(spec, name)).view(1, 3, 1, 1))
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            inputs = pixels.permute(0, 3, 1, 2).float().div(255).sub(self.pixel_mean).div(self.pixel_std)
+            return self.model(inputs).softmax(1)
+
+    # One by one, so that what an image's company in a batch does to its answer is seen.
+    expected = [_confidences(engine, [pixels])[0] for pixels in read_pixels(photos, spec)]
+    if any(row.max() == row.min() for row in expected):
+        raise ModelError("模型给每一类的置信度都相等,它没有训练过,或者权重没有载入")
+    logging.getLogger("torch.onnx").setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                Graph().eval(),
+                (torch.zeros(2, spec.crop, spec.crop, 3, dtype=torch.uint8),),
+                input_names=["pixels"],
+                output_names=["confidences"],
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's reasons are as many as networks, and hundreds of lines long
+        reason = one_line(error.__cause__ or error)[:150]
+        raise ModelError(f"模型 {spec.name} 不能导出为 ONNX,请直接用 torch 运行它。原因: {reason}") from error
+    program.model.metadata_props["wwts_spec"] = json.dumps(spec.record(), ensure_ascii=False)
+    program.save(path, external_data=separate_weights)
+    graph = OnnxEngine(path)
+    largest = 0.0
+    for pixels, wanted in zip(read_pixels(photos, spec), expected, strict=True):
+        # Beside copies of itself, so that a batch of a size unlike the example's is tried too.
+        given = _confidences(graph, [pixels] * 3)[1]
+        largest = max(largest, float(abs(given - wanted).max()))
+        if not largest <= 1e-3 or given.argmax() != wanted.argmax():
+            raise ModelError(f"导出的 ONNX 与 torch 的结果不一致(置信度相差 {largest:.2g}),未保存")
+    return largest
+
+
+def _confidences(engine: TorchEngine | OnnxEngine, batch: list[numpy.ndarray]) -> numpy.ndarray:
+    """N×classes confidences in the order of the outputs."""
+    indices, values = engine.classify(batch, engine.spec.num_classes)
+    if not numpy.isfinite(values).all():
+        raise ModelError("模型输出了 NaN 或无穷大,权重有问题")
+    return numpy.take_along_axis(values, indices.argsort(1), 1)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the model's graph where it was asked for, or where later runs look for it."""
+    photos = find_photos(arguments.photos, 20)
+    if arguments.file and (not arguments.file.endswith(".onnx") or os.path.isdir(arguments.file)):
+        raise UsageError(f"要写的文件名应以 .onnx 结尾,而不是 {arguments.file}")
+    if str(arguments.model).endswith(".onnx"):
+        raise UsageError(f"{arguments.model} 已经是 ONNX 文件")
+    engine = build_recognizer(arguments, engine="torch", device="cpu", dtype="float32").load()
+    path = Path(arguments.file) if arguments.file else kept_graph(engine.spec.name, engine.version)
+    if not arguments.file and not engine.files:
+        raise UsageError("这个模型的文件在哪里无法得知,权重变了也看不出;请写明导出的文件名,再用 -m 指定它")
+    log.info("正在导出 %s,需要十几秒到一分钟", path)
+    with replacing(path if arguments.file else path.parent) as target:
+        if arguments.file:
+            difference = export_graph(engine, target, photos)
+        else:
+            target.mkdir()
+            difference = export_graph(engine, target / path.name, photos, separate_weights=True)
+    if not arguments.file:
+        remember(path.parent.name, {str(part): file_state(part) for part in path.parent.iterdir()})
+    log.info("已导出 %s,在 %d 张照片上与 torch 的置信度最多相差 %.1g", path, len(photos), difference)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = Parser("export.py", __doc__)
+    add_model_options(parser, leave_out=("device", "dtype", "engine", "batch-size", "workers"))
+    parser.add_argument("file", nargs="?")
+    parser.add_argument("--photos", action="append")
+    return run_command(run, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
