@@ -385,6 +385,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextlib.contextmanager
+def explaining(message: str, kinds: type | tuple[type, ...] = Exception) -> Iterator[None]:
+    """Turn exceptions (of some kinds, or any) into a ModelError, ``{}`` in whose message stands for the reason."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except kinds as error:
+        raise ModelError(message.replace("{}", one_line(error))) from error
+
+
 def read_text(path: str | os.PathLike) -> str:
     """The UTF-8 text of a file; raises OSError, or ValueError if it is no text or longer than 64 MiB."""
     with open(path, "rb") as file:
@@ -399,21 +410,15 @@ def read_labels(path: str | os.PathLike) -> list[str]:
 
     Raises ModelError when the file cannot be read or its shape is none of these.
     """
-    try:
+    with explaining(f"标签文件 {path} 无法读取: {{}}。应是 UTF-8 编码的文本", (OSError, ValueError, RecursionError)):
         text = read_text(path).strip("\r\n")
-        if text[:1] + text[-1:] in ("[]", "{}"):
-            labels = json.loads(text)
-            labels = [labels[str(index)] for index in range(len(labels))] if isinstance(labels, dict) else labels
-        else:
-            labels = [line.strip() for line in text.split("\n")]
-            if all("\t" in line for line in labels):  # meta_info.txt: the label is column 1
-                labels = [line.split("\t")[1] for line in labels]
-    except KeyError as error:
-        raise ModelError(f"标签文件 {path} 缺少序号 {error}") from error
-    except UnicodeDecodeError as error:
-        raise ModelError(f"标签文件 {path} 无法读取: 不是 UTF-8 编码,请在编辑器里另存为 UTF-8") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"标签文件 {path} 无法读取: {one_line(error)}") from error
+        labels = json.loads(text) if text[:1] + text[-1:] in ("[]", "{}") else text.split("\n")
+    if isinstance(labels, dict):
+        with explaining(f"标签文件 {path} 缺少序号 {{}}", KeyError):
+            labels = [labels[str(index)] for index in range(len(labels))]
+    elif text[:1] != "[":
+        table = all("\t" in line for line in labels)  # meta_info.txt: the label is column 1
+        labels = [(line.split("\t")[1] if table else line).strip() for line in labels]
     if not all(isinstance(label, str) for label in labels) or not any(labels):
         raise ModelError(f"标签文件 {path} 应是一组名称(JSON 列表、JSON 对象、每行一个名称的文本或 meta_info.txt)")
     return labels
@@ -463,18 +468,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises ModelError, and leaves nothing behind, where it cannot be written.
     """
-    path, folder = Path(path), None
+    path, folder = Path(path), ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{path.name[:50]}.", suffix=".partial", dir=path.parent)
-        yield Path(folder, path.name)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(Path(folder, path.name), path)
-    except OSError as error:
-        raise ModelError(f"{path} 写不进去: {error.strerror or error}。请腾出空间、检查权限,或换一个地方") from error
+        with explaining(f"{path} 写不进去: {{}}。请腾出空间、检查权限,或换一个地方", OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.mkdtemp(prefix=f".{path.name[:50]}.", suffix=".partial", dir=path.parent)
+            yield Path(folder, path.name)
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(Path(folder, path.name), path)
     finally:
-        shutil.rmtree(folder or "", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- models from torch.hub repositories
@@ -502,14 +506,12 @@ def import_torch() -> Any:
     # runs: beside one busy process 200 photos took 24 s instead of 17. Without spinning one image takes twice as long.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    try:
+    with explaining("torch 无法导入: {}。请运行: pip install --force-reinstall torch torchvision"):
+        if not importlib.util.find_spec("torch"):
+            raise ModelError(
+                "缺少 torch,请运行: pip install torch torchvision。导出的 .onnx 文件不需要它: -m 文件.onnx"
+            )
         import torch
-    except ModuleNotFoundError as error:
-        raise ModelError(
-            f"缺少 {error.name},请运行: pip install torch torchvision。用导出的 .onnx 文件则不需要它: -m 文件.onnx"
-        ) from error
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise ModelError(f"torch 无法导入: {one_line(error)}。请运行: pip install --force-reinstall torch") from error
     return torch
 
 
@@ -550,7 +552,7 @@ def load_hub_model(
         sys.path.insert(0, str(folder))
         try:
             # What other people's hub code prints must not get among the results on standard output.
-            with contextlib.redirect_stdout(sys.stderr), torch.inference_mode():
+            with contextlib.redirect_stdout(sys.stderr):
                 module = _call_entry_point(folder, name, weights, offline)
                 given = getattr(module, "spec", None) or {}
                 if not isinstance(module, torch.nn.Module) or not isinstance(given, Mapping):
@@ -562,7 +564,8 @@ def load_hub_model(
                 else:
                     _repositories.add(folder)
                     # Running it once imports what it imports late, and counts its classes.
-                    logits = module.eval().float()(torch.zeros(1, 3, given["crop"], given["crop"]))
+                    with torch.inference_mode():
+                        logits = module.eval().float()(torch.zeros(1, 3, given["crop"], given["crop"]))
                     given.setdefault("num_classes", _check_logits(logits, 1).shape[1])
                     for file, _ in imported():
                         if file.is_relative_to(folder) and "site-packages" not in file.parts and file.is_file():
@@ -623,12 +626,9 @@ def _hub_folder(repo: str, trust_repo: bool, offline: bool) -> Path:
     if not trust_repo:
         raise UsageError(f"{repo} 是远程仓库,运行其中的代码前请先确认可信,然后加上 --trust-repo")
     if not offline:
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                torch.hub.list(repo, trust_repo=True, verbose=False)  # fetches it, or finds it fetched
-        except Exception as error:  # a network can fail in any way
-            remedy = "请另行取得它(git clone 或下载后解压),再用 --repo 指定那个文件夹"
-            raise ModelError(f"无法从 GitHub 获取仓库 {repo}: {one_line(error)}。{remedy}") from error
+        remedy = "请另行取得它(git clone 或下载后解压),再用 --repo 指定那个文件夹"
+        with explaining(f"无法从 GitHub 获取仓库 {repo}: {{}}。{remedy}"), contextlib.redirect_stdout(sys.stderr):
+            torch.hub.list(repo, trust_repo=True, verbose=False)  # fetches it, or finds it fetched
     owner, name, ref = match.groups()
     for branch in [ref.replace("/", "_")] if ref else ["main", "master"]:
         folder = Path(torch.hub.get_dir(), f"{owner}_{name}_{branch}")
@@ -657,13 +657,11 @@ def choose_device(name: str) -> torch.device:
     """Turn auto, cpu, cuda, cuda:N or mps into a device that works here, or raise ModelError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with explaining(f"不能使用 {name}: {{}};或改用 -d cpu"):  # none there, too old a driver, in use
         if name.startswith("cuda") and not torch.cuda.is_available():
             cause = "没有可用的 NVIDIA 显卡或驱动,请用 nvidia-smi 检查"
             raise RuntimeError(cause if torch.version.cuda else f"装的是不带 CUDA 的 torch,{REINSTALL}")
         torch.zeros(1, device=name)
-    except Exception as error:  # no such device, a driver that is too old, one that is in use
-        raise ModelError(f"不能使用 {name}: {one_line(error)};或改用 -d cpu") from error
     return torch.device(name)
 
 
@@ -718,16 +716,12 @@ class TorchEngine:
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except ModelError:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"{self.device_name} 显存不足。请关闭占用显存的程序(nvidia-smi 查看),或改用 --dtype float16、-d cpu"
-            ) from error
-        except Exception as error:  # a foreign network, or a broken driver, raises anything
-            raise ModelError(f"模型 {self.spec.name} 在 {self.device_name} 上运行出错: {one_line(error)}") from error
+        with explaining(f"模型 {self.spec.name} 在 {self.device_name} 上运行出错: {{}}"):
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                remedy = "请关闭占用显存的程序(nvidia-smi 查看),或改用 --dtype float16、-d cpu"
+                raise DeviceMemoryError(f"{self.device_name} 显存不足。{remedy}") from error
 
 
 class OnnxEngine:
@@ -742,29 +736,22 @@ class OnnxEngine:
     def __init__(self, path: str | os.PathLike, labels: list[str] | None = None, version: str | None = None):
         if not os.path.isfile(path):
             raise ModelError(f"找不到 ONNX 文件 {path}")
-        try:
+        with explaining("onnxruntime 不能使用({}),请运行: pip install -U onnxruntime"):
             import onnxruntime
-        except Exception as error:  # a build that does not fit the machine or NumPy raises anything
-            raise ModelError(f"onnxruntime 不能使用({one_line(error)}),请运行: pip install -U onnxruntime") from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is said below, in one line
         content = []  # of the file, and of the one beside it where export.py puts large weights
         for part in (path, f"{path}.data"):
             if version is None and os.path.isfile(part):
                 with open(part, "rb") as file:
                     content.append(hashlib.file_digest(file, "sha256").hexdigest())
-        try:
+        with explaining(f"ONNX 文件 {path} 无法读取: {{}}。请重新导出"):
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 4  # what goes wrong is said here, in one line
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
             text = self._session.get_modelmeta().custom_metadata_map.get("wwts_spec")
-        except Exception as error:  # onnxruntime's exceptions have no common ancestor of their own
-            raise ModelError(f"ONNX 文件 {path} 无法读取: {one_line(error)}。请重新导出") from error
         if text is None:
             raise ModelError(f"ONNX 文件 {path} 里没有预处理方法和标签,它不是 export.py 导出的")
-        try:
-            spec = json.loads(text)
-        except (ValueError, RecursionError):
-            spec = None
-        self.spec = Spec.parse(spec, f"ONNX 文件 {path}", labels)
+        with explaining(f"ONNX 文件 {path} 的 spec 有误: {{}}"):
+            self.spec = Spec.parse(json.loads(text), f"ONNX 文件 {path}", labels)
         crop, classes = self.spec.crop, self.spec.num_classes
         ports = [(port.type, port.shape[1:]) for port in (*self._session.get_inputs(), *self._session.get_outputs())]
         if ports != [("tensor(uint8)", [crop, crop, 3]), ("tensor(float)", [classes])]:
@@ -774,10 +761,8 @@ class OnnxEngine:
 
     def classify(self, batch: list[numpy.ndarray], topk: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """As TorchEngine.classify."""
-        try:
+        with explaining("ONNX Runtime 无法运行这个模型: {}。请重新导出"):
             (confidences,) = self._session.run(None, {self._input: numpy.stack(batch)})
-        except Exception as error:  # as above
-            raise ModelError(f"ONNX Runtime 无法运行这个模型: {one_line(error)}。请重新导出") from error
         shape = (len(batch), self.spec.num_classes)
         sums = confidences.sum(1) if confidences.shape == shape else None
         if sums is None or confidences.min() < 0 or (abs(sums - 1) > 0.01).any():  # false for NaN
@@ -821,11 +806,10 @@ class Cache:
     def _call(self, function: int, *arguments: str) -> Any:
         with self._lock:
             try:
-                if self._functions is None:
-                    self._functions = self._open()
+                self._functions = self._functions or self._open()
                 return self._functions[function](*arguments)
-            except ImportError as error:
-                raise ModelError("--cache redis://… 需要 redis 包,请运行: pip install redis") from error
+            except ModelError:
+                raise
             except Exception as error:  # SQLite, Redis, disks and networks fail in their own ways
                 log.warning("缓存 %s 不能使用(%s),本次不用缓存", self._shown, one_line(error))
                 self._functions = (lambda *_: None,) * 2
@@ -833,8 +817,8 @@ class Cache:
     def _open(self) -> tuple[Callable, Callable]:
         """Functions that read and write a text by key."""
         if self._is_redis:
-            import redis
-
+            with explaining("--cache redis://… 需要 redis 包({}),请运行: pip install redis", ImportError):
+                import redis
             client = redis.Redis.from_url(self._location, socket_timeout=5, socket_connect_timeout=2)
             return client.get, client.set
         import sqlite3
@@ -1590,10 +1574,8 @@ def torchrun_share() -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; one process alone is 0 of 1."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, 0
-    try:
+    with explaining("环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数: {}", ValueError):
         rank, world_size, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    except ValueError as error:
-        raise UsageError(f"环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数: {error}") from error
     if not 0 <= rank < world_size:
         raise UsageError(f"环境变量 RANK={rank} 应不小于 0 并小于 WORLD_SIZE={world_size}")
     return rank, world_size, local_rank
