@@ -29,12 +29,14 @@
   -f, --format FMT        标准输出的格式: text、jsonl、csv [text]
   -o, --output FILE       结果写入这个 .jsonl 或 .csv 文件
   --resume                接着写 -o 的文件,跳过已有记录的图片
+  --retry-failed          同 --resume,并重做记录为失败的图片
   --overwrite             覆盖 -o 的文件
   --expect LABEL          前 K 个标签里应有它(可写多个,有一个即可),
                           否则退出状态 1
   --cache [FILE]          缓存结果,同一图片不再重算;可以是 redis://…
                           [用户缓存文件夹]
   -q, --quiet             不显示 [INFO] 信息和进度
+  --log-time              每行信息前写上时间
   --version               显示版本
   -h, --help              显示本说明
 
@@ -90,6 +92,7 @@ import threading
 import time
 import types
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -124,6 +127,9 @@ CLASSIC_SPEC = dict(
 )
 # Far beyond what is meant so: bytes of a text file, a record or a path; bytes of an image file; scans of a JPEG.
 MOST_TEXT, MOST_IMAGE, MOST_SCANS = 2**26, 2**30, 100
+# What cameras and phones write and Pillow by itself does not read; and what to do about it.
+UNREAD = dict.fromkeys((".heic", ".heif"), "要识别请运行: pip install pillow-heif")
+UNREAD |= dict.fromkeys(".jxl .avif .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split(), "要识别请先转成 .jpg")
 REINSTALL = "请运行: pip install --force-reinstall torch torchvision"
 
 log = logging.getLogger("wwts")
@@ -284,7 +290,16 @@ def decode_image(source: BinaryIO | Image.Image) -> Image.Image:
     Raises whatever Pillow raises for a file that is broken, truncated, of an unknown format or beyond
     its decompression-bomb limit.
     """
-    image = source if isinstance(source, Image.Image) else Image.open(source)
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+    except UnidentifiedImageError:
+        source.seek(4)
+        if source.read(4) != b"ftyp":  # the family of HEIC, whatever the file is called
+            raise
+        if not _register_heif():
+            raise ImageError("是 HEIC 一类的照片,要识别请运行: pip install pillow-heif") from None
+        source.seek(0)
+        image = Image.open(source)
     if image is not source and image.info.get("progressive"):
         # Each scan goes over the whole image and may take but a few bytes. Markers: ITU T.81, table B.1.
         source.seek(0)
@@ -307,6 +322,17 @@ def decode_image(source: BinaryIO | Image.Image) -> Image.Image:
         if orientation in range(2, 9):
             image = image.transpose(Image.Transpose[turns[orientation - 2]])
         return to_rgb(image)
+
+
+@functools.cache
+def _register_heif() -> bool:
+    """Let Pillow read HEIC, which iPhones write, if the optional package for it is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -909,6 +935,7 @@ class Recognizer:
         self._engine: TorchEngine | OnnxEngine | None = None
         self._identity: Identity | None = None
         self._failed: ModelError | None = None
+        self.loading_seconds = 0.0
 
     def __reduce__(self) -> tuple:
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -939,6 +966,7 @@ class Recognizer:
             if self._failed is not None:
                 raise self._failed
             if self._engine is None:
+                start = time.monotonic()
                 try:
                     engine = self._load()
                     identity = Identity(engine.spec.name, engine.version, engine.spec.num_classes)
@@ -948,6 +976,7 @@ class Recognizer:
                     self._failed = error
                     raise
                 self._engine, self._identity = engine, identity
+                self.loading_seconds = time.monotonic() - start
                 self.batch_size = self.batch_size or (64 if engine.device_name.startswith("cuda") else 8)
                 log.info("加载模型完成,使用设备: %s", engine.device_name)
             return self._engine
@@ -1134,28 +1163,32 @@ class Recognizer:
 # ---------------------------------------------------------------- inputs
 
 
-def find_images(inputs: Iterable[str]) -> Iterator[str]:
+def find_images(inputs: Iterable[str], warn: bool = True) -> Iterator[str]:
     """Paths of images: files as named, folders and globs expanded and sorted by path, - read line by line.
 
-    A file that is named twice comes once. What turns out to hold no image is warned of.
+    A file that is named twice comes once. With ``warn``, what turns out to hold no image is warned of, and so
+    are photos that need another package or another format.
     """
     inputs = list(inputs)
     # One folder names no file twice, and may hold millions.
     seen: set[str] | None = None if len(inputs) == 1 and os.path.isdir(inputs[0]) else set()
+    unread: Counter = Counter()
     for name in inputs:
         number = 0
-        for number, path in enumerate(_expand(name), 1):  # noqa: B007
+        for number, path in enumerate(_expand(name, unread), 1):  # noqa: B007
             if seen is not None:
                 absolute = os.path.abspath(path)
                 if absolute in seen:
                     continue
                 seen.add(absolute)
             yield path
-        if not number:
-            log.warning("%s 里没有图片", "标准输入" if name == "-" else name)
+        if not number and warn:
+            log.warning("%s 里没有图片(按扩展名找 .jpg、.png、.webp 等)", "标准输入" if name == "-" else name)
+    for extension, number in unread.items() if warn else ():
+        log.warning("跳过了 %d 个 %s 文件,%s", number, extension, UNREAD[extension])
 
 
-def _expand(name: str) -> Iterator[str]:
+def _expand(name: str, unread: Counter) -> Iterator[str]:
     if name == "-":
         # Bytes, since a file name need not be text; line by line, since the producer may be slow. Not through
         # sys.stdin, whose lock Python wants at exit, when an interrupted run may still wait for a line.
@@ -1166,19 +1199,20 @@ def _expand(name: str) -> Iterator[str]:
                 if path := os.fsdecode(line.rstrip(b"\r\n")):
                     yield path
     elif os.path.isdir(name):
-        yield from _walk(name)
+        yield from _walk(name, unread)
     elif glob.has_magic(name) and not os.path.lexists(name):
         paths = sorted(glob.iglob(name, recursive=True))
         for path in paths:
-            yield from _walk(path) if os.path.isdir(path) else (path,)
+            yield from _walk(path, unread) if os.path.isdir(path) else (path,)
         if not paths and not re.search("[*?]", name):  # more likely a missing 图片[1].jpg
             yield name
     else:
         yield name
 
 
-def _walk(folder: str) -> Iterator[str]:
+def _walk(folder: str, unread: Counter) -> Iterator[str]:
     """Images under a folder in the order of their full paths; each folder once, however many links lead there."""
+    _register_heif()
     extensions = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
     seen: set[tuple] = set()
     # The next one last. A "/" after a folder's name puts its files where their full paths belong among its neighbours'.
@@ -1198,8 +1232,12 @@ def _walk(folder: str) -> Iterator[str]:
         except OSError:
             yield path  # becomes the error record of a folder that cannot be listed
             continue
-        kept = (name for name in names if name[-1] == "/" or os.path.splitext(name)[1].lower() in extensions)
-        waiting += sorted(kept, reverse=True)
+        for name in sorted(names, reverse=True):
+            extension = os.path.splitext(name)[1].lower()
+            if name[-1] == "/" or extension in extensions:
+                waiting.append(name)
+            elif extension in UNREAD:
+                unread[extension] += 1
 
 
 # ---------------------------------------------------------------- outputs
@@ -1212,15 +1250,6 @@ def printable(text: str) -> str:
         c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
     return text if text.isprintable() else "".join(escaped)
-
-
-class Earlier(NamedTuple):
-    """What a record of an earlier run says; confidences are None for a failure."""
-
-    path: str
-    model: str
-    version: str
-    confidences: list[float] | None
 
 
 class Text:
@@ -1252,13 +1281,13 @@ class Jsonl:
         """The line for one image."""
         return json.dumps(result.record(), ensure_ascii=False, allow_nan=False) + "\n"
 
-    def parse(self, line: str) -> Earlier:
-        """Read a line back; raises at what is none."""
+    def parse(self, line: str) -> tuple[str, str, str, int | None]:
+        """Path, model, version and number of predictions (None for an error) of a line; raises at what is none."""
         record = json.loads(line)
         names = [record[key] for key in ("path", "model", "version")]
         if set(map(type, names)) != {str}:
             raise TypeError
-        return Earlier(*names, None if "error" in record else [float(p["confidence"]) for p in record["results"]])
+        return *names, None if "error" in record else len([p["confidence"] for p in record["results"]])
 
 
 class Csv:
@@ -1281,14 +1310,14 @@ class Csv:
         csv.writer(line, lineterminator="\r\n").writerow([*start, *cells, self.cell(result.error or "")])
         return line.getvalue()
 
-    def parse(self, line: str) -> Earlier:
-        """Read a line back; raises at what is none."""
+    def parse(self, line: str) -> tuple[str, str, str, int | None]:
+        """As Jsonl.parse."""
         (row,) = csv.reader([line], strict=True)
         if len(row) != 2 * self.topk + 4:
             raise ValueError
         escape = r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
         path = re.sub(escape, lambda m: m[0].encode().decode("unicode_escape"), row[0].removeprefix("'"))
-        return Earlier(path, row[1], row[2], None if row[-1] else [float(value) for value in row[4:-1:2] if value])
+        return path, row[1], row[2], None if row[-1] else sum(map(bool, row[4:-1:2]))
 
     @staticmethod
     def cell(text: str) -> str:
@@ -1302,25 +1331,48 @@ FORMATS = {"text": Text, "jsonl": Jsonl, "csv": Csv}
 
 
 class OutputFile:
-    """A file of whole records: what a full disk or a power cut left half written is taken back.
+    """A file of whole records, which one process at a time writes.
 
-    Attributes: ``size``, where its last whole record ends; ``done``, the absolute paths of the images that have
-    a record; ``failures``, how many records are errors.
+    What a full disk or a power cut left half written is taken back. Attributes: ``size``, where its last whole
+    record ends; ``done`` and ``failed``, the absolute paths of the images that have a record, or one of an error.
+    Raises UsageError if another process is writing it.
     """
 
     def __init__(self, path: Path, form: Jsonl | Csv):
-        self.path, self.form, self.size, self.failures = path, form, 0, 0
+        self.path, self.form, self.size = path, form, 0
         self.done: set[str] = set()
-        self._models: set[tuple[str, str]] = set()
-        self._counts, self._least = {0}, 1.0  # of predictions; the smallest confidence
+        self.failed: set[str] = set()
+        self.models: set[tuple[str, str]] = set()
+        self._counts: set[int] = set()  # of predictions
+        self._replacements: dict[str, str] = {}
         self._settings = f"output-{digest(os.path.abspath(path))[:16]}"
         self._file: BinaryIO | None = None
+
+    def lock(self) -> None:
+        """Open the file and keep others from writing it; the lock goes with the process."""
+        self._file = open(self.path, "a+b", buffering=0)
+        try:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            inode = os.fstat(self._file.fileno()).st_ino
+            with contextlib.suppress(OSError):  # who it is can be read on Linux
+                locks = re.findall(rf"FLOCK .* (\d+) \S+:{inode} ", Path("/proc/locks").read_text())
+            raise UsageError(
+                f"{self.path} 正由另一个进程{locks[0] if locks else ''}写入。等它做完,或换一个文件名"
+            ) from error
+        except (ImportError, OSError) as error:  # not on Windows, nor on every file system
+            log.debug("no lock: %s", error)
+        if os.fstat(self._file.fileno()).st_ino != os.stat(self.path).st_ino:  # replaced since by --retry-failed
+            self.lock()
 
     def resume(self) -> None:
         """Take in the records of an earlier run; raises UsageError at what was not written in this format."""
         foreign = False
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            foreign = not self.form.begins.startswith(file.read(len(self.form.begins)).rstrip(b"\0"))
+            head = file.read(len(self.form.begins)).rstrip(b"\0")
+            foreign = not self.form.begins.startswith(head)
             file.seek(0)
             while not foreign and (line := file.readline(MOST_TEXT)):
                 if not line.endswith(b"\n") or b"\0" in line:  # torn, as only the last can be
@@ -1328,47 +1380,50 @@ class OutputFile:
                     break
                 try:
                     if self.size or not self.form.head:
-                        path, *model, confidences = self.form.parse(line.decode())
+                        path, model, version, count = self.form.parse(line.decode())
                         self.done.add(os.path.abspath(path))
-                        self._models.add(tuple(model))
-                        self.failures += confidences is None
-                        if confidences is not None:
-                            self._counts = (self._counts - {0}) | {len(confidences)}
-                            self._least = min([self._least, *confidences])
+                        self.models.add((model, version))
+                        if count is None:
+                            self.failed.add(os.path.abspath(path))
+                        else:
+                            self._counts.add(count)
                     self.size += len(line)
                 except (ValueError, LookupError, TypeError, RecursionError, csv.Error):
                     foreign = True
+        if foreign and (columns := head.count(b"label_")) and not self.size:
+            self._refuse(f"是用 -k {columns} 或更大的 -k 写的,现在是 -k {self.form.topk}")
         if foreign:
-            columns = "" if self.size else f"(现在是 -k {self.form.topk})" if self.form.head else ""
-            self._refuse(f"的第 {self.size} 字节之后不是这一版以同样的格式和 -k 写出的记录{columns}")
+            self._refuse(f"的第 {self.size} 字节之后不是这一版以同样的格式和 -k 写出的记录")
 
     def _refuse(self, reason: str) -> None:
         raise UsageError(f"{self.path} {reason},不能续写。换一个文件名,或用 --overwrite")
 
     def check(self, identity: Identity, topk: int, threshold: float) -> None:
         """Raise UsageError unless the records are of the same model's version, with the same -k and -t."""
-        if self._models - {identity[:2]}:
-            model, version = min(self._models - {identity[:2]})
+        if others := self.models - {identity[:2]}:
+            model, version = min(others)
             cause = ":权重、标签、精度或仓库的代码变了" if model == identity.name else ""
             self._refuse(f"是 {model}(版本 {version})的结果,现在是 {identity.name}(版本 {identity.version}){cause}")
-        before, now = recall(self._settings) or {}, {"topk": topk, "threshold": threshold}
-        most = min(topk, identity.num_classes)
-        if self._counts != {0} and before.get("topk", topk) != topk or max(self._counts) > most:
-            self._refuse(f"是用 -k {before.get('topk', max(self._counts))} 写的,现在是 -k {topk}")
-        short = threshold == 0 and self._counts != {0} and min(self._counts) < most
-        if self._models and before.get("threshold", threshold) != threshold or self._least < threshold - 1e-6 or short:
-            self._refuse(f"是用别的 -k 或 -t(-t {before.get('threshold', '?')})写的,现在是 -k {topk} -t {threshold:g}")
+        most, now = min(topk, identity.num_classes), {"topk": topk, "threshold": threshold}
+        then = (recall(self._settings) if self.models else None) or {"files": {}, **now}
+        wrong = any(count > most or threshold == 0 and count < most for count in self._counts)
+        if wrong or then != {"files": {}, **now}:
+            self._refuse(
+                f"是用 -k {then['topk']} -t {then['threshold']:g} 写的,现在是 -k {topk} -t {threshold:g}"
+                if then["topk"] != topk or then["threshold"] != threshold
+                else "是用别的 -k 或 -t 写的"
+            )
         remember(self._settings, {}, **now)
 
-    def write(self, text: str) -> None:
-        """Append one record; on an OSError the file is as before."""
-        if self._file is None:
-            self._file = open(self.path, "r+b" if self.path.exists() else "xb", buffering=0)
-            self._file.truncate(self.size)
-            self._file.seek(self.size)
+    def write(self, text: str, path: str | None = None) -> None:
+        """Append one record, or keep it for ``close`` if it replaces a failure; on an OSError the file is as before."""
+        if path is not None and os.path.abspath(path) in self.failed:
+            self._replacements[os.path.abspath(path)] = text
+            return
         # A file name that is no text is written as JSON would escape it.
         data = text.encode("utf-8", "backslashreplace")
         try:
+            self._file.truncate(self.size)
             written = 0
             while written < len(data):
                 written += self._file.write(data[written:])
@@ -1378,14 +1433,34 @@ class OutputFile:
             raise
         self.size += len(data)
 
+    def close(self) -> None:
+        """Put records in the place of failures, in one step, and let others write."""
+        if self._replacements:
+            with replacing(self.path) as path, open(self.path, "rb") as old, open(path, "wb") as new:
+                for number, line in enumerate(iter(lambda: old.readline(MOST_TEXT), b"")):
+                    if number or not self.form.head:
+                        key = os.path.abspath(self.form.parse(line.decode())[0])
+                        line = self._replacements.get(key, "").encode("utf-8", "backslashreplace") or line
+                    new.write(line)
+        self._replacements = {}
+        if self._file is not None and not self._file.closed:
+            self._file.close()
+            if not self.size and not self.path.stat().st_size:  # made by ``lock`` for nothing
+                self.path.unlink()
+
 
 # ---------------------------------------------------------------- command line, shared with the other scripts
+
+
+# What people type at infer.py, and what it is called.
+ELSEWHERE = {name: f"python {name[2:]}.py" for name in ("--export", "--check", "--bench")}
+ELSEWHERE |= {"--price-per-hour": "python bench.py --price-per-hour", "--gpu": "-d cuda:0", "--cpu": "-d cpu"}
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose help is a script's docstring and whose errors are UsageError in Chinese.
 
-    It knows -h and -q.
+    It knows -h, -q and --log-time.
     """
 
     def __init__(self, prog: str, manual: str):
@@ -1393,6 +1468,7 @@ class Parser(argparse.ArgumentParser):
         self.manual = manual
         self.add_argument("-h", "--help", action="help")
         self.add_argument("-q", "--quiet", action="store_true")
+        self.add_argument("--log-time", action="store_true")
 
     def format_help(self) -> str:
         """The manual."""
@@ -1412,11 +1488,9 @@ class Parser(argparse.ArgumentParser):
         ):
             message = message.replace(english, chinese)
         option = (re.findall(r"无法识别的参数: (--?[\w-]+)", message) or [""])[0]
-        nearest = difflib.get_close_matches(option, self._option_string_actions, 1)
-        if option in ("--export", "--check", "--bench", "--price-per-hour"):
-            script = "bench" if option == "--price-per-hour" else option[2:]
-            message = f"{option} 现在是单独的命令: python {script}.py"
-        elif nearest:
+        if self.prog == "infer.py" and option in ELSEWHERE:
+            message = f"{option} 请改用: {ELSEWHERE[option]}"
+        elif nearest := difflib.get_close_matches(option, self._option_string_actions, 1):
             message += f"(是不是想用 {nearest[0]}?)"
         raise UsageError(f"{message}。用法见: python {self.prog} --help")
 
@@ -1452,11 +1526,14 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """[INFO], [WARN], [ERROR] and [CACHE HIT] lines."""
+    """[INFO], [WARN], [ERROR] and [CACHE HIT] lines, with the time if that is asked for."""
+
+    with_time = False
 
     def format(self, record: logging.LogRecord) -> str:
         level = {logging.WARNING: "WARN", CACHE_HIT: "CACHE HIT"}.get(record.levelno, record.levelname)
-        return f"[{level}] {printable(record.getMessage())}"
+        start = self.formatTime(record, "%Y-%m-%d %H:%M:%S ") if self.with_time else ""
+        return f"{start}[{level}] {printable(record.getMessage())}"
 
 
 def run_command(run: Callable[[argparse.Namespace], int], parser: Parser, argv: list[str] | None = None) -> int:
@@ -1467,12 +1544,14 @@ def run_command(run: Callable[[argparse.Namespace], int], parser: Parser, argv: 
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
+    formatter = _Formatter()
+    handler.setFormatter(formatter)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     actions = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         arguments = parser.parse_args(argv)
+        formatter.with_time = arguments.log_time
         if arguments.quiet:
             log.setLevel(logging.WARNING)
         if arguments.quiet or not sys.stderr.isatty():
@@ -1540,33 +1619,47 @@ def build_parser() -> Parser:
     add("-o", "--output")
     add("--expect", action="append")
     add("--cache", nargs="?", const=str(cache_folder() / "results.sqlite"))
-    for name in ("--resume", "--overwrite", "--version"):
+    for name in ("--resume", "--retry-failed", "--overwrite", "--version"):
         add(name, action="store_true")
     return parser
 
 
-def open_output(arguments: argparse.Namespace, rank: int | None) -> OutputFile | None:
-    """The file of -o, with what --resume finds in it; rank is put into its name. Raises UsageError."""
+def open_output(arguments: argparse.Namespace, rank: int, world_size: int) -> OutputFile | None:
+    """The file of -o, or this process' share of it, with what --resume finds in it. Raises UsageError."""
+    arguments.resume = arguments.resume or arguments.retry_failed
     if arguments.output is None:
         if arguments.resume or arguments.overwrite:
-            raise UsageError("--resume 和 --overwrite 要与 -o 一起用")
+            raise UsageError("--resume、--retry-failed 和 --overwrite 要与 -o 一起用")
         return None
     path = Path(arguments.output)
-    if path.suffix.lower() not in (".jsonl", ".csv"):
+    kind = path.suffix[1:].lower()
+    if kind not in ("jsonl", "csv"):
         raise UsageError(f"-o 的文件名应以 .jsonl 或 .csv 结尾,格式由它决定,而不是 {path.name}")
     if arguments.format:
         raise UsageError("-o 的格式由文件名决定,不要再用 -f")
+    if arguments.resume and arguments.overwrite:
+        raise UsageError("--overwrite 不能与 --resume、--retry-failed 同用")
     if not path.parent.is_dir():
         raise UsageError(f"文件夹 {path.parent} 不存在")
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} 不是普通文件")
-    arguments.format = path.suffix[1:].lower()
-    path = path if rank is None else path.with_suffix(f".rank{rank}{path.suffix}")
-    output = OutputFile(path, FORMATS[arguments.format](arguments.topk))
+    arguments.format = kind
+    output = OutputFile(path, FORMATS[kind](arguments.topk))
+    if world_size > 1:
+        output.path = path.with_suffix(f".rank{rank}{path.suffix}")
+        for other in path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"):
+            number = other.name[len(path.stem) + 5 : -len(path.suffix)]
+            if arguments.resume and other != output.path:  # of another number of processes, or with photos of ours
+                share = OutputFile(other, output.form)
+                share.resume()
+                output.done, output.models = output.done | share.done, output.models | share.models
+            elif arguments.overwrite and rank == 0 and number.isdigit() and int(number) >= world_size:
+                other.unlink()
+    output.lock()
     if arguments.resume:
         output.resume()
-    elif not arguments.overwrite and path.exists() and path.stat().st_size:
-        raise UsageError(f"{path} 已存在。接着做用 --resume,重新做用 --overwrite")
+    elif not arguments.overwrite and output.path.stat().st_size:
+        raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
     return output
 
 
@@ -1587,35 +1680,50 @@ def run(arguments: argparse.Namespace) -> int:
         print(", ".join(f"{name} {version}" for name, version in package_versions().items()))
         return 0
 
-    # 1. What to do, and where the results go.
-    inputs, expected = arguments.inputs, set(arguments.expect or ())
+    inputs = arguments.inputs
     rank, world_size, local_rank = torchrun_share()
     if not inputs:
         raise UsageError("缺少参数: 图片。用法见: python infer.py --help")
+    if any(re.match("https?://", name) for name in inputs):
+        raise UsageError("不能直接识别网址,请先下载图片")
+    if not any(name == "-" or os.path.lexists(name) or re.search("[*?]", name) for name in inputs):
+        hint = "。名字里有空格的要加引号" if os.path.lexists(" ".join(inputs)) else ""
+        raise UsageError(f"文件不存在: {'、'.join(inputs)}{hint}")
     if world_size > 1 and "-" in inputs:
         raise UsageError("用 torchrun 时不能从标准输入读路径,请改用文件夹或通配符")
     if arguments.cache and os.path.splitext(arguments.cache)[1].lower() in Image.registered_extensions():
         raise UsageError(f"--cache 后面的 {arguments.cache} 会被当作缓存文件;请把 --cache 写在图片后面")
-    if expected and arguments.resume:
+    if arguments.expect and (arguments.resume or arguments.retry_failed):
         raise UsageError("--expect 不能与 --resume 同用: 已有记录的图片不会再看")
-    output = open_output(arguments, rank if world_size > 1 else None)
-    counts: Counter = Counter()
+    output = open_output(arguments, rank, world_size)
+    with contextlib.closing(output) if output else contextlib.nullcontext():
+        return recognise(arguments, output, rank, world_size, local_rank)
 
-    def images() -> Iterator[str]:
-        return itertools.islice(find_images(inputs), rank, None, world_size)
+
+def recognise(
+    arguments: argparse.Namespace, output: OutputFile | None, rank: int, world_size: int, local_rank: int
+) -> int:
+    """Recognise the images that have no record yet, or this process' share of them; return the exit status."""
+    inputs, expected, counts, start = arguments.inputs, set(arguments.expect or ()), Counter(), time.monotonic()
+    retry = output.failed if output and arguments.retry_failed else set()
+
+    def is_ours(path: str) -> bool:
+        # By the path, so that photos that arrive later move no other photo to another process.
+        return world_size == 1 or zlib.crc32(os.fsencode(os.path.normpath(path))) % world_size == rank
 
     def remaining() -> Iterator[str]:
-        for path in images():
+        for path in find_images(inputs):
             counts["found"] += 1
-            if output is None or os.path.abspath(path) not in output.done:
+            key = os.path.abspath(path)
+            if is_ours(path) and (output is None or key not in output.done or key in retry):
                 yield path
 
     todo = remaining()
     first = next(todo, None)
-    if not counts["found"] and not rank:
-        raise UsageError("没有找到图片")
+    if not counts["found"]:
+        raise UsageError("没有找到图片(按扩展名找 .jpg、.png、.webp 等)")
 
-    # 2. Which model.
+    # Which model.
     graph = arguments.engine == "onnx" or str(arguments.model).endswith(".onnx")
     if world_size > 1 and arguments.device in ("auto", "cuda") and not graph and has_nvidia_gpu():
         arguments.device = f"cuda:{local_rank}" if import_torch().cuda.is_available() else arguments.device
@@ -1627,52 +1735,53 @@ def run(arguments: argparse.Namespace) -> int:
         hint = f"。相近的有: {'、'.join(near)}" if near else ""
         raise UsageError(f"{recognizer.identify().name} 没有这些标签: {'、'.join(sorted(unknown))}{hint}")
 
-    # 3. Recognise and write.
+    # Recognise and write.
     single = len(inputs) == 1 and os.path.isfile(inputs[0])
     form = FORMATS[arguments.format or "text"](arguments.topk, named=not single)
-    write = functools.partial(print, end="", flush=True) if output is None else output.write
+    write = output.write if output else lambda text, path=None: print(text, end="", flush=True)
     if first is not None and not (output and output.size):
         write(form.head)
-    on_terminal = output is None and sys.stdout.isatty()
-    total = None if "-" in inputs or on_terminal or not sys.stderr.isatty() else sum(1 for _ in images())
-    bar = (
-        contextlib.nullcontext()
-        if on_terminal or single
-        else progress_bar(total, "张", len(output.done if output else ()))
-    )
-    start = time.monotonic()
+    with_bar = not single and (output is not None or not sys.stdout.isatty()) and sys.stderr.isatty()
+    total = sum(map(is_ours, find_images(inputs, warn=False))) if with_bar and "-" not in inputs else None
+    done_before = len(output.done) - len(retry) if output else 0
     try:
         with (
-            bar as bar,
-            contextlib.closing(recognizer.stream([] if first is None else itertools.chain([first], todo))) as results,
+            progress_bar(total, "张", done_before) if with_bar else contextlib.nullcontext() as bar,
+            contextlib.closing(recognizer.stream(itertools.chain([] if first is None else [first], todo))) as results,
         ):
             for result in results:
                 if isinstance(form, Text) and single and result.error is None:
                     log.info("输入图像: %s", result.path)
-                if isinstance(form, Text) and result.cached:
+                if isinstance(form, Text) and result.cached and not bar:
                     log.log(CACHE_HIT, "使用缓存结果")
-                write(form.format(result))
+                write(form.format(result), result.path)
                 counts.update(done=1, failed=result.error is not None, cached=result.cached)
                 if result.error is not None:
                     log.error("%s: %s", result.path, result.error)
                 if expected and not {prediction.label for prediction in result.predictions} & expected:
                     counts["unexpected"] += 1
                     log.error("%s: 答案里没有 %s", result.path, " 或 ".join(arguments.expect))
-                if bar is not None:
+                if bar:
                     bar.set_postfix_str(f"失败 {counts['failed']}", refresh=False)
                     bar.update()
     finally:
-        # 4. What was done, also where that was interrupted.
-        before, failed_before = (len(output.done), output.failures) if output else (0, 0)
-        if counts["found"] > 1 or output is not None:
+        # What was done, also where that was interrupted.
+        failed_before = len(output.failed - retry) if output else 0
+        if output:
+            output.close()
+        if counts["found"] > 1 or output:
             log.info(
                 "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张(失败 %d 张),%.1f 张/秒",
                 "中断" if sys.exc_info()[0] else "完成",
-                *(counts["done"], counts["failed"], counts["cached"], before, failed_before),
-                counts["done"] / max(time.monotonic() - start, 1e-3),
+                *(counts["done"], counts["failed"], counts["cached"], done_before, failed_before),
+                counts["done"] / max(time.monotonic() - start - recognizer.loading_seconds, 1e-3),
             )
-        if sys.exc_info()[0] and output is not None:
+        if sys.exc_info()[0] and output:
             log.warning("已写的都完好,加上 --resume 再运行会接着写 %s", output.path)
+    if world_size > 1:  # torchrun ends all processes when one of them fails
+        if counts["failed"] or failed_before:
+            log.warning("第 %d 份有 %d 张失败", rank, counts["failed"] + failed_before)
+        return 0
     return 1 if counts["failed"] or counts["unexpected"] or failed_before else 0
 
 
