@@ -533,11 +533,9 @@ def import_torch() -> Any:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with explaining("torch 无法导入: {}。请运行: pip install --force-reinstall torch torchvision"):
-        if not importlib.util.find_spec("torch"):
-            raise ModelError(
-                "缺少 torch,请运行: pip install torch torchvision。导出的 .onnx 文件不需要它: -m 文件.onnx"
-            )
-        import torch
+        advice = "请运行: pip install torch torchvision。导出的 .onnx 文件不需要它: -m 文件.onnx"
+        with explaining(f"缺少 torch 或它的一部分({{}})。{advice}", ModuleNotFoundError):
+            import torch
     return torch
 
 
@@ -607,7 +605,9 @@ def load_hub_model(
             if own and isinstance(error, (FileNotFoundError, ConnectionError)):
                 raise
             message = f"模型 {name} 加载失败: {one_line(error)}"
-            if "torchvision::" in str(error):
+            if isinstance(error, torch.OutOfMemoryError):
+                message = f"模型 {name} 加载时显存或内存不足"
+            elif "torchvision::" in str(error):
                 message = f"torch 与 torchvision 版本不匹配({one_line(error)})。{REINSTALL}"
             elif isinstance(error, ModuleNotFoundError):
                 message = f"模型 {name} 需要 {error.name},请运行: pip install {error.name}"
@@ -811,7 +811,10 @@ class Cache:
         self._lock, self._location, self._functions = threading.Lock(), location, None
         self._shown = re.sub("//[^/@]*@", "//***@", location)  # without a password
         self._is_redis = location.startswith(("redis://", "rediss://", "unix://"))
-        if "://" in location and not self._is_redis:
+        if self._is_redis:
+            with explaining("--cache redis://… 需要 redis 包({}),请运行: pip install redis", ImportError):
+                import redis  # noqa: F401
+        elif "://" in location:
             raise UsageError(f"--cache {self._shown} 应是文件,或以 redis://、rediss://、unix:// 开头的地址")
 
     def get(self, key: str, least: int) -> list | None:
@@ -843,8 +846,8 @@ class Cache:
     def _open(self) -> tuple[Callable, Callable]:
         """Functions that read and write a text by key."""
         if self._is_redis:
-            with explaining("--cache redis://… 需要 redis 包({}),请运行: pip install redis", ImportError):
-                import redis
+            import redis
+
             client = redis.Redis.from_url(self._location, socket_timeout=5, socket_connect_timeout=2)
             return client.get, client.set
         import sqlite3
@@ -1088,7 +1091,7 @@ class Recognizer:
         try:
             future = decoding.get()
             while future is not None:
-                batch = [future.result()]
+                batch, future = [future.result()], False
                 while len(batch) < (self.batch_size or 8):
                     try:
                         future = decoding.get_nowait()
@@ -1548,6 +1551,7 @@ def run_command(run: Callable[[argparse.Namespace], int], parser: Parser, argv: 
     handler.setFormatter(formatter)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    arguments = argparse.Namespace()
     actions = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         arguments = parser.parse_args(argv)
@@ -1565,14 +1569,14 @@ def run_command(run: Callable[[argparse.Namespace], int], parser: Parser, argv: 
         log.error("%s", error)
         return error.exit_status
     except Interrupted as error:
-        log.warning("已中断")
+        log.warning("已中断%s", vars(arguments).get("hint", ""))
         return 128 + error.args[0]
     except OSError as error:
-        # Python's own flush at exit must not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):  # Python's own flush at exit must not complain again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             return 141  # 128 + SIGPIPE
-        log.error("结果写不进去: %s", one_line(error))
+        log.error("结果写不进去: %s%s", one_line(error), vars(arguments).get("hint", ""))
         return 3
     finally:
         for number, action in actions.items():
@@ -1656,10 +1660,14 @@ def open_output(arguments: argparse.Namespace, rank: int, world_size: int) -> Ou
             elif arguments.overwrite and rank == 0 and number.isdigit() and int(number) >= world_size:
                 other.unlink()
     output.lock()
-    if arguments.resume:
-        output.resume()
-    elif not arguments.overwrite and output.path.stat().st_size:
-        raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
+    try:
+        if arguments.resume:
+            output.resume()
+        elif not arguments.overwrite and output.path.stat().st_size:
+            raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
+    except UsageError:
+        output.close()
+        raise
     return output
 
 
@@ -1718,6 +1726,8 @@ def recognise(
             if is_ours(path) and (output is None or key not in output.done or key in retry):
                 yield path
 
+    if output:
+        arguments.hint = f"。已写的都完好,加上 --resume 再运行会接着写 {output.path}"
     todo = remaining()
     first = next(todo, None)
     if not counts["found"]:
@@ -1739,8 +1749,7 @@ def recognise(
     single = len(inputs) == 1 and os.path.isfile(inputs[0])
     form = FORMATS[arguments.format or "text"](arguments.topk, named=not single)
     write = output.write if output else lambda text, path=None: print(text, end="", flush=True)
-    if first is not None and not (output and output.size):
-        write(form.head)
+    head = "" if output and output.size else form.head
     with_bar = not single and (output is not None or not sys.stdout.isatty()) and sys.stderr.isatty()
     total = sum(map(is_ours, find_images(inputs, warn=False))) if with_bar and "-" not in inputs else None
     done_before = len(output.done) - len(retry) if output else 0
@@ -1754,7 +1763,8 @@ def recognise(
                     log.info("输入图像: %s", result.path)
                 if isinstance(form, Text) and result.cached and not bar:
                     log.log(CACHE_HIT, "使用缓存结果")
-                write(form.format(result), result.path)
+                write(head + form.format(result), result.path)
+                head = ""
                 counts.update(done=1, failed=result.error is not None, cached=result.cached)
                 if result.error is not None:
                     log.error("%s: %s", result.path, result.error)
@@ -1776,8 +1786,6 @@ def recognise(
                 *(counts["done"], counts["failed"], counts["cached"], done_before, failed_before),
                 counts["done"] / max(time.monotonic() - start - recognizer.loading_seconds, 1e-3),
             )
-        if sys.exc_info()[0] and output:
-            log.warning("已写的都完好,加上 --resume 再运行会接着写 %s", output.path)
     if world_size > 1:  # torchrun ends all processes when one of them fails
         if counts["failed"] or failed_before:
             log.warning("第 %d 份有 %d 张失败", rank, counts["failed"] + failed_before)

@@ -161,8 +161,8 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["XDG_CACHE_HOME"] = temporary
-        subprocess.run([sys.executable, str(ROOT / "infer.py"), "-m", "wwts_cn_lite", "--export", "-q"], check=True)
-        graph = str(next(Path(temporary, "wwts").glob("*/graph.onnx")))
+        subprocess.run([sys.executable, str(ROOT / "export.py"), "-m", "wwts_cn_lite", "-q"], check=True)
+        graph = str(next(Path(temporary, "wwts").glob("graph-*/graph.onnx")))
         one, many = Path(temporary, "one"), arguments.folder or Path(temporary, "many")
         one.mkdir()
         make_photos(one, 1)

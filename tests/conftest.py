@@ -38,11 +38,17 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """No test may find, or change, what the program keeps for the user who runs the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def infer(home):
     """Run infer.py as a user would; stdout and stderr come back as UTF-8 text."""
 
-    def run(*arguments, env=None, cwd=ROOT, timeout=120, **options):
+    def run(*arguments, env=None, cwd=ROOT, timeout=120, script="infer", **options):
         environment = {
             **os.environ,
             "HOME": str(home),
@@ -51,7 +57,7 @@ def infer(home):
             **(env or {}),
         }
         return subprocess.run(
-            [sys.executable, str(ROOT / "infer.py"), *map(str, arguments)],
+            [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)],
             env={name: value for name, value in environment.items() if value is not None},
             cwd=cwd,
             timeout=timeout,
@@ -392,7 +398,7 @@ SPEC |= dict(mean=[0.5] * 3, std=[0.5] * 3, labels=[f"颜色{index}" for index i
 
 
 def make_graph(path, spec=SPEC, classes=8, external=None):
-    """A graph of the form that --export writes, with whatever metadata."""
+    """A graph of the form that export.py writes, with whatever metadata."""
     import onnx
     from onnx import TensorProto, helper
 

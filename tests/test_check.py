@@ -1,4 +1,4 @@
-"""--check turns the right line to ✗ when something is broken on purpose; --expect."""
+"""check.py turns the right line to ✗ when something is broken on purpose; --expect."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, SAMPLES
 
+import check as check_module
+import export
 import infer as infer_module
 
 LITE = ("-m", "wwts_cn_lite", "-d", "cpu")
@@ -23,7 +25,8 @@ def program(tmp_path, monkeypatch):
         shutil.copy2(photo, folder / "samples")
     for name in ("hubconf.py", "labels_zh.json", "requirements.txt"):
         shutil.copy2(ROOT / name, folder)
-    monkeypatch.setattr(infer_module, "HERE", folder)
+    for module in (infer_module, check_module, export):
+        monkeypatch.setattr(module, "HERE", folder)
     return folder
 
 
@@ -31,13 +34,13 @@ def program(tmp_path, monkeypatch):
 def check(infer_here, program, monkeypatch, tmp_path):
     """Run --check, by default without measuring speed; give the names of what failed; the exit status must fit."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    checks = {method.__name__: (method, title) for method, title in infer_module.CHECKS.items()}
+    checks = {check.__name__: (title, check) for title, check in check_module.CHECKS}
 
     def run(*arguments, only=tuple(checks)[:-1]):
-        monkeypatch.setattr(infer_module, "CHECKS", dict(checks[name] for name in only))
-        result = infer_here("--check", "-f", "jsonl", *(arguments or LITE))
+        monkeypatch.setattr(check_module, "CHECKS", [checks[name] for name in only])
+        result = infer_here("-f", "jsonl", *(arguments or LITE), script="check")
         lines = [json.loads(line) for line in result.stdout.splitlines()]
-        assert [line["check"] for line in lines] == [method.__name__ for method in infer_module.CHECKS]
+        assert [line["check"] for line in lines] == list(only)
         status = {line["check"]: line["status"] for line in lines}
         assert set(status.values()) <= {"ok", "failed", "skipped"}
         assert result.returncode == (3 if "failed" in status.values() else 0), result.stderr
@@ -64,7 +67,7 @@ AFTER_LOADING = ["parameters", "labels", "preprocessing", "samples", "batches", 
 
 
 def test_a_sound_machine(infer, tmp_path):
-    result = infer("--check", *LITE, env={"XDG_CACHE_HOME": str(tmp_path)}, cwd=tmp_path)
+    result = infer(*LITE, env={"XDG_CACHE_HOME": str(tmp_path)}, cwd=tmp_path, script="check")
     assert result.returncode == 0, result.stdout
     lines = result.stdout.splitlines()
     assert [line[0] for line in lines] == list("✓✓✓✓✓✓✓✓✓--✓")
@@ -111,7 +114,7 @@ def test_a_parameter_that_memory_or_precision_spoilt(check, monkeypatch):
 
     def spoilt(*arguments):
         model = load(*arguments)
-        model._fc.weight[3, 5] = float("inf")
+        model.module._fc.weight[3, 5] = float("inf")
         return model
 
     monkeypatch.setattr(infer_module, "load_hub_model", spoilt)
@@ -164,24 +167,29 @@ def test_a_torch_whose_answers_vary(check, monkeypatch):
     right = infer_module.TorchEngine.classify
 
     def unstable(self, batch, topk):
-        return [[(i, c + np.random.random() * 1e-4) for i, c in answer] for answer in right(self, batch, topk)]
+        indices, values = right(self, batch, topk)
+        return indices, values + (np.random.random(values.shape) * 1e-4).astype(np.float32)
 
     monkeypatch.setattr(infer_module.TorchEngine, "classify", unstable)
     assert check() == ["twice"]
-    monkeypatch.setattr(infer_module.TorchEngine, "classify", lambda *a: [right(*a)[-1]] * len(a[1]))
+
+    def alike(self, batch, topk):
+        indices, values = right(self, batch, topk)
+        return indices[-1:].repeat(len(batch), 0), values[-1:].repeat(len(batch), 0)
+
+    monkeypatch.setattr(infer_module.TorchEngine, "classify", alike)
     assert {"samples", "batches"} <= set(check())
 
 
 def test_the_exported_graph_is_compared(check, exported, monkeypatch):
     assert check() == [] and "还没有导出" in check.details["onnx"]
-    monkeypatch.setattr(infer_module, "HERE", exported.program)
+    for module in (infer_module, check_module, export):
+        monkeypatch.setattr(module, "HERE", exported.program)
     for name, value in exported.env.items():
         monkeypatch.setenv(name, value)
     assert check(only=["weights", "onnx"]) == [] and "相差" in check.details["onnx"]
     right = infer_module.OnnxEngine.classify
-    monkeypatch.setattr(
-        infer_module.OnnxEngine, "classify", lambda *a: [[(i, c * 0.9) for i, c in r] for r in right(*a)]
-    )
+    monkeypatch.setattr(infer_module.OnnxEngine, "classify", lambda *a: (right(*a)[0], right(*a)[1] * 0.9))
     assert check(only=["weights", "onnx"]) == ["onnx"] and "重新导出" in check.details["onnx"]
 
 
@@ -196,12 +204,12 @@ def test_an_installation_that_does_not_fit_together(check, program, monkeypatch)
 def test_a_device_that_is_not_there_or_not_usable(check, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert check("-m", "wwts_cn_lite", "-d", "cuda") == ["device", "weights"]
-    monkeypatch.setattr(infer_module, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(check_module, "has_nvidia_gpu", lambda: True)
     assert check("-m", "wwts_cn_lite") == ["device"] and "用不了" in check.details["device"]
 
 
 def test_a_gpu_is_described(check, monkeypatch, tmp_path):
-    monkeypatch.setattr(infer_module, "choose_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(check_module, "choose_device", lambda name: torch.device("cuda:1"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 24 * 2**30))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -213,8 +221,7 @@ def test_a_gpu_is_described(check, monkeypatch, tmp_path):
 
 
 def test_a_machine_that_is_far_too_slow(check, monkeypatch):
-    monkeypatch.setattr(infer_module, "_rate", lambda work: work())  # which takes a second, and is not judged
-    monkeypatch.setitem(infer_module.USUAL_LATENCY, ("wwts_cn_lite", "cpu"), 0.001)
+    monkeypatch.setitem(check_module.USUAL_LATENCY, ("wwts_cn_lite", "cpu"), 0.001)
     assert check(only=["weights", "speed"]) == ["speed"] and "单张通常约 0.001 毫秒" in check.details["speed"]
 
 
@@ -226,7 +233,7 @@ def test_base(check, base_folder):
 def test_a_graph_alone(check, infer_here, hub_repository, tmp_path):
     path = tmp_path / "x.onnx"
     foreign = ("--repo", hub_repository, "-m", "resnet18")
-    assert infer_here(*foreign, *SAMPLES, "--export", path).returncode == 0
+    assert infer_here(*foreign, path, script="export").returncode == 0
     assert check("-m", path) == ["samples"]  # it answers alike whatever it sees
     assert check.skipped == ["parameters", "cuda", "onnx"]
     assert check(*foreign) == ["samples"] and check.skipped == ["weights", "cuda", "onnx"]
@@ -256,4 +263,4 @@ def test_wrong_use_of_expect_and_check(infer_here, tmp_path):
     assert result.returncode == 2 and "埃及描" in result.stderr and result.stdout == ""
     result = infer_here(*LITE, SAMPLES[0], "--expect", "埃及猫", "-o", tmp_path / "a.jsonl", "--resume")
     assert result.returncode == 2 and "--resume" in result.stderr
-    assert infer_here(*LITE, "--check", "-f", "csv").returncode == 2
+    assert infer_here(*LITE, "-f", "csv", script="check").returncode == 2

@@ -52,10 +52,10 @@ def test_jsonl_and_csv_say_the_same_and_name_the_model(infer_here, tmp_path):
     assert {line["model"] for line in lines} == {"wwts_cn_lite"}
     assert [line["results"][0]["label"] for line in lines[:4]] == ["埃及猫", "浓缩咖啡", "宫殿", "三脚架"]
     assert [line["results"][0]["index"] for line in lines[:4]] == [285, 967, 698, 872]
-    assert set(lines[4]) == {"path", "model", "error"} and "无法识别的图像格式" in lines[4]["error"]
+    assert set(lines[4]) == {"path", "model", "version", "error"} and "无法识别的图像格式" in lines[4]["error"]
     assert second.stdout.startswith("\ufeff")
     rows = list(csv.DictReader(io.StringIO(second.stdout.removeprefix("\ufeff"), newline="")))
-    header = ["path", "model", "label_1", "confidence_1", "label_2", "confidence_2", "error"]
+    header = ["path", "model", "version", "label_1", "confidence_1", "label_2", "confidence_2", "error"]
     assert list(rows[0]) == header
     for line, row in zip(lines, rows, strict=True):
         assert (row["path"], row["model"], row["error"]) == (line["path"], line["model"], line.get("error", ""))
@@ -65,12 +65,12 @@ def test_jsonl_and_csv_say_the_same_and_name_the_model(infer_here, tmp_path):
     assert rows[4]["label_1"] == rows[4]["confidence_2"] == ""
 
 
-def test_confidences_have_full_precision_and_sum_to_one(infer_here):
+def test_confidences_have_six_decimals_and_sum_to_one(infer_here):
     result = infer_here(*LITE, COFFEE, "-f", "jsonl", "-k", "2000")
     confidences = [prediction["confidence"] for prediction in records(result)[0]["results"]]
     assert len(confidences) == 1000 and confidences == sorted(confidences, reverse=True)
-    assert sum(confidences) == pytest.approx(1, abs=1e-5)
-    assert any(round(value, 6) != value for value in confidences)
+    assert sum(confidences) == pytest.approx(1, abs=1e-3)
+    assert all(round(value, 6) == value for value in confidences)
 
 
 def test_threshold(infer_here):
@@ -104,7 +104,7 @@ def test_without_weights_the_plain_command_falls_back_and_says_so(infer):
     assert result.returncode == 0 and records(result)[0]["model"] == "wwts_cn_lite"
     warnings = [line for line in result.stderr.splitlines() if line.startswith("[WARN]")]
     assert len(warnings) == 1
-    for text in ("wwts_cn_base", "离线", "modelscope-hub download", "--weights", "wwts_cn_lite"):
+    for text in ("wwts_cn_base", "离线", "docs/模型.md", "wwts_cn_lite"):
         assert text in warnings[0]
 
 
@@ -325,7 +325,7 @@ def test_odd_file_names(infer, tiny_graph, tmp_path):
     assert [line["path"] for line in records(result)] == paths
     result = infer(*tiny_graph, *paths, "-k", "1")
     assert result.returncode == 0 and "\x1b" not in result.stderr + result.stdout
-    assert result.stderr.count("\n") == 1 + len(paths) + 1  # loaded, each image, the summary
+    assert result.stderr.count("\n") == 2 and result.stdout.count("[RESULT]") == len(paths)  # loaded, the summary
     result = infer(*tiny_graph, "--", "-dash.jpg", cwd=tmp_path)
     assert result.returncode == 0
 
@@ -344,7 +344,7 @@ def test_a_closed_pipe_is_silent(tiny_graph, photos):
     command = shlex.join([sys.executable, "infer.py", *tiny_graph, "-q", str(photos)])
     command = ["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert result.stdout == "[RESULT] 识别结果:\n" and result.stderr == "" and result.returncode == 141
+    assert result.stdout.endswith(" 识别结果:\n") and result.stderr == "" and result.returncode == 141
 
 
 # ---------------------------------------------------------------- wrong usage and broken files
@@ -355,13 +355,19 @@ def test_a_closed_pipe_is_silent(tiny_graph, photos):
     [
         ((), "缺少参数"),
         (("--topkk", "3", "x.jpg"), "是不是想用 --topk?"),
-        (("-k", "0", "x.jpg"), "不小于 1 的整数"),
-        (("-k", "many", "x.jpg"), "不小于 1 的整数"),
-        (("-t", "1.5", "x.jpg"), "0 到 1 之间"),
-        (("-t", "nan", "x.jpg"), "0 到 1 之间"),
-        (("-f", "xml", "x.jpg"), "没有这个选择"),
-        (("-d", "gpu", "x.jpg"), "应为 auto、cpu、cuda"),
-        (("--dtype", "int8", "x.jpg"), "没有这个选择"),
+        (("-k", "0", CAT), "不小于 1 的整数"),
+        (("-k", "many", CAT), "应为整数"),
+        (("-t", "1.5", CAT), "0 到 1 之间"),
+        (("-t", "nan", CAT), "0 到 1 之间"),
+        (("-f", "xml", CAT), "没有这个选择"),
+        (("-d", "gpu", CAT), "应为 auto、cpu、cuda"),
+        (("--dtype", "int8", CAT), "应为 auto、float32"),
+        (("--check",), "python check.py"),
+        (("--export", "x.onnx"), "python export.py"),
+        (("--bench",), "python bench.py"),
+        (("--price-per-hour", "1", CAT), "python bench.py --price-per-hour"),
+        (("nothing.jpg",), "文件不存在"),
+        (("https://example.com/x.jpg",), "先下载"),
         (("x.jpg", "-m"), "后面缺少一个值"),
     ],
 )
@@ -384,16 +390,14 @@ def test_broken_files_are_records_and_the_rest_is_done(infer, tiny_graph, tmp_pa
     assert [line["path"] for line in lines] == list(map(str, inputs))
     assert ["error" in line for line in lines] == [True, False] * 4 + [True, True]
     result = infer(*tiny_graph, *broken[:2])
-    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("[ERROR]") == 2
+    assert result.returncode == 1 and result.stdout.count("识别失败") == 2 and result.stderr.count("[ERROR]") == 2
 
 
 # ---------------------------------------------------------------- Python
 
 
-def test_importing_infer_imports_neither_torch_nor_pillow():
-    code = (
-        "import sys, infer; print([name for name in ('torch', 'torchvision', 'PIL', 'numpy') if name in sys.modules])"
-    )
+def test_importing_infer_imports_neither_torch_nor_onnxruntime():
+    code = "import sys, infer; print([name for name in ('torch', 'torchvision', 'onnxruntime') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
 

@@ -1,5 +1,6 @@
 """Decoding and preprocessing, against Pillow and torchvision."""
 
+import dataclasses
 import os
 import struct
 import zlib
@@ -13,27 +14,34 @@ from torchvision import transforms
 
 import infer
 
-LITE = {"resize": 292, "crop": 260, "interpolation": "bicubic", "mean": [127 / 255] * 3, "std": [128 / 255] * 3}
-SPECS = [infer.CLASSIC_SPEC, LITE, {**LITE, "resize": 260, "interpolation": "bilinear"}]
+infer.import_torch()
+
+
+def spec_of(**pixels):
+    return infer.Spec.parse({"name": "identity", "num_classes": 2, "labels": ["a", "b"], **pixels}, "identity")
+
+
+CLASSIC = spec_of(resize=256, crop=224, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+LITE = spec_of(resize=292, crop=260, interpolation="bicubic", mean=[127 / 255] * 3, std=[128 / 255] * 3)
+SPECS = [CLASSIC, LITE, dataclasses.replace(LITE, resize=260, interpolation="bilinear")]
 
 
 def torchvision_pipeline(spec):
-    mode = transforms.InterpolationMode(spec["interpolation"])
+    mode = transforms.InterpolationMode(spec.interpolation)
     return transforms.Compose(
         [
-            transforms.Resize(spec["resize"], mode),
-            transforms.CenterCrop(spec["crop"]),
+            transforms.Resize(spec.resize, mode),
+            transforms.CenterCrop(spec.crop),
             transforms.ToTensor(),
-            transforms.Normalize(spec["mean"], spec["std"]),
+            transforms.Normalize(spec.mean, spec.std),
         ]
     )
 
 
 def engine(spec):
     """An engine around a network that gives its input back, so that nothing but the input is seen."""
-    model = torch.nn.Identity()
-    model.spec = {**spec, "name": "identity", "num_classes": 2, "labels": ["a", "b"]}
-    return infer.TorchEngine(model, "identity", None, "cpu", "float32")
+    model = infer.HubModel(torch.nn.Identity(), spec, weights="none", files=None, own=False)
+    return infer.TorchEngine(model, "cpu", "float32")
 
 
 SIZES = [(260, 260), (292, 292), (224, 224), (500, 375), (375, 500), (1, 1), (2, 3), (7, 5), (259, 261), (293, 291)]
@@ -46,7 +54,7 @@ def test_preprocessing_is_bit_identical_to_torchvision(size, spec):
     noise = np.random.default_rng(size).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     pixels = infer.preprocess(image, spec)
-    assert pixels.dtype == np.uint8 and pixels.shape == (spec["crop"], spec["crop"], 3)
+    assert pixels.dtype == np.uint8 and pixels.shape == (spec.crop, spec.crop, 3)
     ours = engine(spec).normalize(np.stack([pixels]))[0]
     assert torch.equal(ours, torchvision_pipeline(spec)(image))
 
