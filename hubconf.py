@@ -34,7 +34,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils import fusion
 
 dependencies = ["torch"]
 
@@ -249,8 +249,23 @@ def _read_labels(path):
 
 # What training scripts leave in checkpoints beside tensors, none of which runs anything when it is read: their
 # arguments, and numbers and types of NumPy, whose module was renamed in its version 2.
+def _dict(factory=None):
+    """Stand in for defaultdict, which torch does not fill."""
+    return collections.OrderedDict()
+
+
 _multiarray = (getattr(numpy, "_core", None) or numpy.core).multiarray
-_HARMLESS = [argparse.Namespace, collections.defaultdict, dict, list, int, float, set, numpy.dtype, numpy.ndarray]
+_HARMLESS = [
+    argparse.Namespace,
+    (_dict, "collections.defaultdict"),
+    dict,
+    list,
+    int,
+    float,
+    set,
+    numpy.dtype,
+    numpy.ndarray,
+]
 _HARMLESS += {type(numpy.dtype(code)) for code in "?bhilqBHILQefdSU"}
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _HARMLESS += [(_multiarray.scalar, f"{_module}.scalar"), (_multiarray._reconstruct, f"{_module}._reconstruct")]
@@ -334,7 +349,7 @@ class _Network(nn.Module):
         for (_, conv), (name, norm) in itertools.pairwise(leaves):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+                conv.weight, conv.bias = fusion.fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
                 self.set_submodule(name, nn.Identity())
         return self
 

@@ -1009,7 +1009,7 @@ class Recognizer:
         if model.files:
             self._remember(model.files, (name, engine.version, engine.spec.num_classes))
         if self._fits_onnx and model.own and list(cache_folder().glob(f"graph-{name}-*")) and self.engine == "auto":
-            if engine.device.type == "cpu" and not kept_graph(name, engine.version).exists():
+            if engine.device.type == "cpu" and not recall(kept_graph(name, engine.version).parent.name):
                 log.info("导出为 ONNX 之后,权重、标签或程序变了,这次用 torch。%s", again)
         return engine
 

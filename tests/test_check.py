@@ -150,9 +150,9 @@ def test_preprocessing_that_differs_from_torchvisions(check, monkeypatch):
     def wrong(image, spec):
         return np.maximum(right(image, spec), 1)
 
-    monkeypatch.setattr(infer_module, "preprocess", wrong)
+    monkeypatch.setattr(export, "preprocess", wrong)
     assert check() == ["preprocessing"]
-    monkeypatch.setattr(infer_module, "preprocess", right)
+    monkeypatch.setattr(export, "preprocess", right)
     normalize = infer_module.TorchEngine.normalize
     monkeypatch.setattr(infer_module.TorchEngine, "normalize", lambda *a: normalize(*a).half().float())
     assert check() == ["preprocessing"]
