@@ -1675,8 +1675,10 @@ def torchrun_share() -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; one process alone is 0 of 1."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, 0
-    with explaining("环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数: {}", ValueError):
-        rank, world_size, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    values = [os.environ.get(key, "0") for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if not all(re.fullmatch(r"-?\d+", value) for value in values):
+        raise UsageError(f"环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数,而不是 {'、'.join(values)}")
+    rank, world_size, local_rank = map(int, values)
     if not 0 <= rank < world_size:
         raise UsageError(f"环境变量 RANK={rank} 应不小于 0 并小于 WORLD_SIZE={world_size}")
     return rank, world_size, local_rank
