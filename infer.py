@@ -438,11 +438,12 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     """
     with explaining(f"标签文件 {path} 无法读取: {{}}。应是 UTF-8 编码的文本", (OSError, ValueError, RecursionError)):
         text = read_text(path).strip("\r\n")
-        labels = json.loads(text) if text[:1] + text[-1:] in ("[]", "{}") else text.split("\n")
+        is_json = re.match(r'[\[{]\s*["\[\]{}]|\[\s*[\d-]|\[NaN', text)  # and not a name such as [PAD]
+        labels = json.loads(text) if is_json else text.split("\n")
     if isinstance(labels, dict):
         with explaining(f"标签文件 {path} 缺少序号 {{}}", KeyError):
             labels = [labels[str(index)] for index in range(len(labels))]
-    elif text[:1] != "[":
+    elif not is_json:
         table = all("\t" in line for line in labels)  # meta_info.txt: the label is column 1
         labels = [(line.split("\t")[1] if table else line).strip() for line in labels]
     if not all(isinstance(label, str) for label in labels) or not any(labels):
@@ -606,7 +607,7 @@ def load_hub_model(
                 raise
             message = f"模型 {name} 加载失败: {one_line(error)}"
             if isinstance(error, torch.OutOfMemoryError):
-                message = f"模型 {name} 加载时显存或内存不足"
+                message = f"模型 {name} 加载时显存不足(或内存不足)"
             elif "torchvision::" in str(error):
                 message = f"torch 与 torchvision 版本不匹配({one_line(error)})。{REINSTALL}"
             elif isinstance(error, ModuleNotFoundError):
@@ -920,7 +921,7 @@ class Recognizer:
             setattr(self, name, os.fspath(getattr(self, name)) if getattr(self, name) is not None else None)
         for name, (pattern, words) in RULES.items():
             if not re.fullmatch(pattern, str(getattr(self, name))):
-                raise UsageError(f"{name.replace('_', '-')} 应为{words},而不是 {getattr(self, name)!r}")
+                raise UsageError(f"{name.replace('_', '-')} 应为 {words},而不是 {getattr(self, name)!r}")
         if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold <= 1:
             raise UsageError(f"threshold 应为 0 到 1 之间的数,而不是 {self.threshold!r}")
         self.model_is_file = str(self.model).endswith(".onnx")
@@ -1043,7 +1044,9 @@ class Recognizer:
     def _key(self) -> str:
         """What was asked for, in so far as it decides the version beside the content of files."""
         paths = [path and os.path.abspath(path) for path in (self.repo, self.weights, self.labels)]
-        places = [os.environ.get(variable) for variable in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE")]
+        places = [
+            os.environ.get(variable) for variable in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE") if not self.weights
+        ]
         default = self.offline if self.model is None else None  # with a network the default may be another model
         on_cpu = self.device in ("cpu", "mps") or self.device == "auto" and not has_nvidia_gpu()
         dtype = ("float32" if on_cpu else "float16") if self.dtype == "auto" else self.dtype

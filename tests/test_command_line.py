@@ -61,7 +61,7 @@ def test_jsonl_and_csv_say_the_same_and_name_the_model(infer_here, tmp_path):
         assert (row["path"], row["model"], row["error"]) == (line["path"], line["model"], line.get("error", ""))
         for rank, prediction in enumerate(line.get("results", []), 1):
             assert row[f"label_{rank}"] == prediction["label"]
-            assert float(row[f"confidence_{rank}"]) == prediction["confidence"]
+            assert float(row[f"confidence_{rank}"]) == pytest.approx(prediction["confidence"], abs=2e-6)
     assert rows[4]["label_1"] == rows[4]["confidence_2"] == ""
 
 
