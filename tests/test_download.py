@@ -155,8 +155,10 @@ def assert_whole(folder, server):
     assert hubconf._find_base() == folder
 
 
-def assert_clear(message):
-    assert "\n" not in message and len(message) < 300 and "再次运行" in message
+def assert_clear(error):
+    message = str(error)
+    assert message == f"{error.reason}。{error.remedy}" and "\n" not in message
+    assert len(error.remedy) <= 120 and "再次运行" in error.remedy
     assert not any(noise in message for noise in ("http:", "<html", "Traceback", "object at"))
 
 
@@ -167,7 +169,8 @@ def test_a_bad_answer_is_a_clear_line_soon_and_the_next_attempt_is_whole(server,
     with pytest.raises(ConnectionError, match="下载失败") as caught:
         hubconf._download_base(offline=False)
     assert time.monotonic() - start < 10
-    assert_clear(str(caught.value))
+    assert_clear(caught.value)
+    assert len(caught.value.reason) <= 80
     assert hubconf._find_base() is None
     server.answers.clear()
     server.ranges.clear()
@@ -264,7 +267,7 @@ def fail_to_store(cache, monkeypatch):
     monkeypatch.setenv("MODELSCOPE_CACHE", str(cache))
     with pytest.raises(ConnectionError, match=f"{cache} 写不进去: .+MODELSCOPE_CACHE") as caught:
         hubconf._download_base(offline=False)
-    assert_clear(str(caught.value))
+    assert_clear(caught.value)
 
 
 def test_a_full_disk(server, tmpfs, monkeypatch):
@@ -330,6 +333,33 @@ def test_no_network_is_noticed_within_three_seconds(silent_endpoint, small_model
     monkeypatch.setenv("http_proxy", small_modelscope.endpoint)
     monkeypatch.setenv("no_proxy", "")
     assert hubconf._reachable("http://modelscope.invalid")  # a proxy resolves names itself
+
+
+def assert_absent(error, words):
+    """A short reason to show at every run, what to do where the model was asked for, and where it was looked for."""
+    assert words in error.reason and len(error.reason) <= 60 and "wwts_cn_base" in error.reason
+    assert str(error) == f"{error.reason}。{error.remedy}" and len(error.remedy) <= 120
+    assert any(place.endswith("/pytorch_model.pt") for place in error.places)
+    assert any(place.endswith("/meta_info.txt") for place in error.places)
+
+
+def test_why_there_is_no_base_is_short_and_what_to_do_is_one_command(silent_endpoint, monkeypatch):
+    command = "modelscope-hub download iic/cv_resnest101_general_recognition --local-dir wwts_base"
+    with pytest.raises(FileNotFoundError) as caught:
+        hubconf.wwts_cn_base(offline=True)
+    assert_absent(caught.value, "离线")
+    assert command in caught.value.remedy and "--weights wwts_base" in caught.value.remedy
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", silent_endpoint)
+    forget_the_client(monkeypatch)
+    with pytest.raises(ConnectionError) as caught:
+        hubconf.wwts_cn_base(offline=False)
+    assert_absent(caught.value, "连不上")
+    assert command in caught.value.remedy and "--weights wwts_base" in caught.value.remedy
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    with pytest.raises(FileNotFoundError) as caught:
+        hubconf.wwts_cn_base(offline=False)
+    assert_absent(caught.value, "modelscope-hub")
+    assert "pip install -U modelscope-hub" in caught.value.remedy
 
 
 def test_no_network_falls_back_or_is_an_error(infer_here, silent_endpoint, monkeypatch):

@@ -510,7 +510,7 @@ def test_a_hostile_meta_info_is_refused(tmp_path, content):
     path = tmp_path / "meta_info.txt"
     sparse(path) if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match=r"meta_info\.txt"):
-        hubconf._read_labels(path)
+        hubconf._read_labels(path, 1000)
 
 
 # ---------------------------------------------------------------- checkpoints
