@@ -377,7 +377,8 @@ def _exported(tmp_path_factory):
 def exported(_exported, infer_here, monkeypatch):
     """A copy of the program, and a user's cache folder into which it exported wwts_cn_lite.
 
-    Call it to run that copy in a process of its own, or ``here`` to run it in this one.
+    Call it to run that copy in a process of its own, or ``here`` to run it in this one; ``vouch`` makes the graph
+    as good as new after a test that touched it.
     """
 
     def here(*arguments, env=(), script="infer"):
@@ -389,7 +390,15 @@ def exported(_exported, infer_here, monkeypatch):
                 patch.setenv(name, value)
             return infer_here(*arguments, script=script)
 
-    _exported.here = here
+    def vouch():
+        import infer
+
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", _exported.env["XDG_CACHE_HOME"])
+            folder = _exported.graph.parent
+            infer.remember(folder.name, {str(path): infer.file_state(path) for path in folder.iterdir()})
+
+    _exported.here, _exported.vouch = here, vouch
     return _exported
 
 
