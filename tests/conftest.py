@@ -406,12 +406,12 @@ SPEC = dict(name="tiny", num_classes=8, resize=32, crop=32, interpolation="bilin
 SPEC |= dict(mean=[0.5] * 3, std=[0.5] * 3, labels=[f"颜色{index}" for index in range(8)])
 
 
-def make_graph(path, spec=SPEC, classes=8, external=None):
-    """A graph of the form that export.py writes, with whatever metadata."""
+def make_graph(path, spec=SPEC, classes=8, external=None, crop=32, sign=1):
+    """A graph of the form that export.py writes, with whatever metadata; ``sign`` -1 turns its answers round."""
     import onnx
     from onnx import TensorProto, helper
 
-    mixture = np.sin(np.arange(3 * classes, dtype=np.float32)).reshape(3, classes)
+    mixture = sign * np.sin(np.arange(3 * classes, dtype=np.float32)).reshape(3, classes)
     weights = onnx.numpy_helper.from_array(mixture, "mixture")
     if external is not None:
         weights.ClearField("raw_data")
@@ -424,7 +424,7 @@ def make_graph(path, spec=SPEC, classes=8, external=None):
         helper.make_node("MatMul", ["means", "mixture"], ["logits"]),
         helper.make_node("Softmax", ["logits"], ["confidences"]),
     ]
-    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 32, 32, 3])
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", crop, crop, 3])
     confidences = helper.make_tensor_value_info("confidences", TensorProto.FLOAT, ["N", classes])
     axes = onnx.numpy_helper.from_array(np.array([1, 2]), "axes")
     model = helper.make_model(
