@@ -307,16 +307,17 @@ from torch import nn
 
 
 class _Net(nn.Module):
-    def __init__(self, slow=0.0, most=None):
+    def __init__(self, slow=0.0, most=None, half=False):
         super().__init__()
-        self.slow, self.most = slow, most
+        self.slow, self.most, self.half = slow, most, half
         self.register_buffer("mixture", torch.arange(24.0).sin().view(3, 8))
 
     def forward(self, x):
         time.sleep(self.slow)
         if self.most and len(x) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return x.mean((2, 3)) @ self.mixture
+        # The upper half alone tells an image from one that is turned.
+        return (x[:, :, : x.shape[2] // 2] if self.half else x).mean((2, 3)) @ self.mixture
 
 
 def _model(**options):
@@ -337,6 +338,10 @@ def slow():
 
 def cramped():
     return _model(most=3)
+
+
+def upper():
+    return _model(half=True)
 """
     )
     return folder
