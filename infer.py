@@ -1118,6 +1118,7 @@ class Recognizer:
             with open_image(path) if is_path else contextlib.nullcontext(image) as file:
                 if self._cache and not isinstance(file, Image.Image):
                     identity = self.identify()
+                    file.seek(0)
                     key = hashlib.sha256()
                     while chunk := file.read(2**20):
                         key.update(chunk)
