@@ -917,7 +917,7 @@ class Recognizer:
     cache: str | os.PathLike | None = None  # file or redis:// URL that keeps results by content of image and model
 
     def __post_init__(self) -> None:
-        for name in ("model", "weights", "labels", "cache"):
+        for name in ("model", "repo", "weights", "labels", "cache"):
             setattr(self, name, os.fspath(getattr(self, name)) if getattr(self, name) is not None else None)
         for name, (pattern, words) in RULES.items():
             if not re.fullmatch(pattern, str(getattr(self, name))):
