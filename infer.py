@@ -602,7 +602,7 @@ def load_hub_model(
                     parameters = digests.hexdigest()
         except ModelError:
             raise
-        except Exception as error:  # a repository's code may raise anything
+        except (Exception, SystemExit) as error:  # a repository's code may raise anything
             if own and isinstance(error, (FileNotFoundError, ConnectionError)):
                 raise
             message = f"模型 {name} 加载失败: {one_line(error)}"
