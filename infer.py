@@ -412,7 +412,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explaining(message: str, kinds: type | tuple[type, ...] = Exception) -> Iterator[None]:
+def explaining(message: str, kinds: type | tuple[type, ...] = (Exception, SystemExit)) -> Iterator[None]:
     """Turn exceptions (of some kinds, or any) into a ModelError, ``{}`` in whose message stands for the reason."""
     try:
         yield
