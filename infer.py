@@ -591,7 +591,7 @@ def load_hub_model(
                     # Running it once imports what it imports late, and counts its classes.
                     with torch.inference_mode():
                         logits = module.eval().float()(torch.zeros(1, 3, given["crop"], given["crop"]))
-                    given.setdefault("num_classes", _check_logits(logits, 1).shape[1])
+                    given.setdefault("num_classes", _check_logits(logits, 1, given.get("num_classes")).shape[1])
                     for file, _ in imported():
                         if file.is_relative_to(folder) and "site-packages" not in file.parts and file.is_file():
                             code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
