@@ -603,7 +603,7 @@ def assert_refused(result, status=3):
     assert result.returncode == status and "Traceback" not in result.stdout + result.stderr
     errors = [line for line in result.stderr.splitlines() if not line.startswith(("[INFO] ", "[WARN] "))]
     assert len(errors) == 1 and errors[0].startswith("[ERROR] ") and errors[0].isprintable(), result.stderr
-    assert len(errors[0].split(": ", 1)[-1]) > 3
+    assert len(errors[0]) > 20
 
 
 @pytest.mark.parametrize("cache", [False, True], ids=["plain", "cache"])
