@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import onnx
 import pytest
@@ -280,3 +284,17 @@ def test_batch_norm_is_folded_where_exact(network):
     assert model.fuse() is model
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     assert torch.allclose(model(inputs), expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+def test_an_export_that_is_interrupted_leaves_nothing(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "export.py"), *LITE]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        while not list(tmp_path.glob("wwts/.graph-*.partial")) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert (
+        process.returncode == 143 and "Traceback" not in errors and errors.splitlines()[-1].startswith("[WARN] 已中断")
+    )
+    assert not list(tmp_path.glob("wwts/*graph*"))

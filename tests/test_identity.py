@@ -258,8 +258,8 @@ class Net(torch.nn.Module):
         super().__init__()
         self.fc = torch.nn.Linear(3, 4)
         torch.nn.init.constant_(self.fc.bias, 0)
-        self.fc.weight.data = torch.load(os.path.join(os.path.dirname(__file__), "weights.pt"))
-        self.shift = torch.load(os.path.join(os.path.dirname(__file__), "shift.pt"))
+        self.fc.weight.data = torch.load(os.path.join(os.path.dirname(__file__), "weights.pt"), weights_only=True)
+        self.shift = torch.load(os.path.join(os.path.dirname(__file__), "shift.pt"), weights_only=True)
 
     def forward(self, x):
         from package.late import finish
@@ -322,9 +322,8 @@ def test_an_edited_repository_is_another_model(answer, repository, tmp_path, fil
 def test_weights_of_a_repository_belong_to_its_model(answer, repository, tmp_path, file):
     command = ("--repo", repository, "-m", "net", "--cache", tmp_path / "c")
     first = answer(*command)
-    torch.save(
-        torch.load(repository / file) + torch.arange(4.0).view(4, *[1] * (file == "weights.pt")), repository / file
-    )
+    tensor = torch.load(repository / file, weights_only=True)
+    torch.save(tensor + torch.arange(4.0).view(4, *[1] * (tensor.dim() - 1)), repository / file)
     assert_other(answer(*command), first)
 
 
