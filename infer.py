@@ -412,7 +412,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explaining(message: str, kinds: type | tuple[type, ...] = Exception) -> Iterator[None]:
+def explaining(message: str, kinds: type | tuple[type, ...] = (Exception, SystemExit)) -> Iterator[None]:
     """Turn exceptions (of some kinds, or any) into a ModelError, ``{}`` in whose message stands for the reason."""
     try:
         yield
@@ -591,7 +591,7 @@ def load_hub_model(
                     # Running it once imports what it imports late, and counts its classes.
                     with torch.inference_mode():
                         logits = module.eval().float()(torch.zeros(1, 3, given["crop"], given["crop"]))
-                    given.setdefault("num_classes", _check_logits(logits, 1).shape[1])
+                    given.setdefault("num_classes", _check_logits(logits, 1, given.get("num_classes")).shape[1])
                     for file, _ in imported():
                         if file.is_relative_to(folder) and "site-packages" not in file.parts and file.is_file():
                             code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
@@ -602,7 +602,7 @@ def load_hub_model(
                     parameters = digests.hexdigest()
         except ModelError:
             raise
-        except Exception as error:  # a repository's code may raise anything
+        except (Exception, SystemExit) as error:  # a repository's code may raise anything
             if own and isinstance(error, (FileNotFoundError, ConnectionError)):
                 raise
             message = f"模型 {name} 加载失败: {one_line(error)}"
@@ -917,7 +917,7 @@ class Recognizer:
     cache: str | os.PathLike | None = None  # file or redis:// URL that keeps results by content of image and model
 
     def __post_init__(self) -> None:
-        for name in ("model", "weights", "labels", "cache"):
+        for name in ("model", "repo", "weights", "labels", "cache"):
             setattr(self, name, os.fspath(getattr(self, name)) if getattr(self, name) is not None else None)
         for name, (pattern, words) in RULES.items():
             if not re.fullmatch(pattern, str(getattr(self, name))):
@@ -1118,6 +1118,7 @@ class Recognizer:
             with open_image(path) if is_path else contextlib.nullcontext(image) as file:
                 if self._cache and not isinstance(file, Image.Image):
                     identity = self.identify()
+                    file.seek(0)
                     key = hashlib.sha256()
                     while chunk := file.read(2**20):
                         key.update(chunk)

@@ -307,16 +307,17 @@ from torch import nn
 
 
 class _Net(nn.Module):
-    def __init__(self, slow=0.0, most=None):
+    def __init__(self, slow=0.0, most=None, half=False):
         super().__init__()
-        self.slow, self.most = slow, most
+        self.slow, self.most, self.half = slow, most, half
         self.register_buffer("mixture", torch.arange(24.0).sin().view(3, 8))
 
     def forward(self, x):
         time.sleep(self.slow)
         if self.most and len(x) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return x.mean((2, 3)) @ self.mixture
+        # The upper half alone tells an image from one that is turned.
+        return (x[:, :, : x.shape[2] // 2] if self.half else x).mean((2, 3)) @ self.mixture
 
 
 def _model(**options):
@@ -337,6 +338,10 @@ def slow():
 
 def cramped():
     return _model(most=3)
+
+
+def upper():
+    return _model(half=True)
 """
     )
     return folder
@@ -377,7 +382,8 @@ def _exported(tmp_path_factory):
 def exported(_exported, infer_here, monkeypatch):
     """A copy of the program, and a user's cache folder into which it exported wwts_cn_lite.
 
-    Call it to run that copy in a process of its own, or ``here`` to run it in this one.
+    Call it to run that copy in a process of its own, or ``here`` to run it in this one; ``vouch`` makes the graph
+    as good as new after a test that touched it.
     """
 
     def here(*arguments, env=(), script="infer"):
@@ -389,7 +395,15 @@ def exported(_exported, infer_here, monkeypatch):
                 patch.setenv(name, value)
             return infer_here(*arguments, script=script)
 
-    _exported.here = here
+    def vouch():
+        import infer
+
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", _exported.env["XDG_CACHE_HOME"])
+            folder = _exported.graph.parent
+            infer.remember(folder.name, {str(path): infer.file_state(path) for path in folder.iterdir()})
+
+    _exported.here, _exported.vouch = here, vouch
     return _exported
 
 
@@ -397,12 +411,12 @@ SPEC = dict(name="tiny", num_classes=8, resize=32, crop=32, interpolation="bilin
 SPEC |= dict(mean=[0.5] * 3, std=[0.5] * 3, labels=[f"颜色{index}" for index in range(8)])
 
 
-def make_graph(path, spec=SPEC, classes=8, external=None):
-    """A graph of the form that export.py writes, with whatever metadata."""
+def make_graph(path, spec=SPEC, classes=8, external=None, crop=32, sign=1):
+    """A graph of the form that export.py writes, with whatever metadata; ``sign`` -1 turns its answers round."""
     import onnx
     from onnx import TensorProto, helper
 
-    mixture = np.sin(np.arange(3 * classes, dtype=np.float32)).reshape(3, classes)
+    mixture = sign * np.sin(np.arange(3 * classes, dtype=np.float32)).reshape(3, classes)
     weights = onnx.numpy_helper.from_array(mixture, "mixture")
     if external is not None:
         weights.ClearField("raw_data")
@@ -415,7 +429,7 @@ def make_graph(path, spec=SPEC, classes=8, external=None):
         helper.make_node("MatMul", ["means", "mixture"], ["logits"]),
         helper.make_node("Softmax", ["logits"], ["confidences"]),
     ]
-    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 32, 32, 3])
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", crop, crop, 3])
     confidences = helper.make_tensor_value_info("confidences", TensorProto.FLOAT, ["N", classes])
     axes = onnx.numpy_helper.from_array(np.array([1, 2]), "axes")
     model = helper.make_model(

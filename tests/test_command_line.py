@@ -50,6 +50,8 @@ def test_jsonl_and_csv_say_the_same_and_name_the_model(infer_here, tmp_path):
     lines = records(first)
     assert [line["path"] for line in lines] == [str(path) for path in inputs]
     assert {line["model"] for line in lines} == {"wwts_cn_lite"}
+    (version,) = {line["version"] for line in lines}
+    assert re.fullmatch("[0-9a-f]{8}", version)
     assert [line["results"][0]["label"] for line in lines[:4]] == ["埃及猫", "浓缩咖啡", "宫殿", "三脚架"]
     assert [line["results"][0]["index"] for line in lines[:4]] == [285, 967, 698, 872]
     assert set(lines[4]) == {"path", "model", "version", "error"} and "无法识别的图像格式" in lines[4]["error"]
@@ -58,7 +60,8 @@ def test_jsonl_and_csv_say_the_same_and_name_the_model(infer_here, tmp_path):
     header = ["path", "model", "version", "label_1", "confidence_1", "label_2", "confidence_2", "error"]
     assert list(rows[0]) == header
     for line, row in zip(lines, rows, strict=True):
-        assert (row["path"], row["model"], row["error"]) == (line["path"], line["model"], line.get("error", ""))
+        same = {key: line.get(key, "") for key in ("path", "model", "version", "error")}
+        assert {key: row[key] for key in same} == same
         for rank, prediction in enumerate(line.get("results", []), 1):
             assert row[f"label_{rank}"] == prediction["label"]
             assert float(row[f"confidence_{rank}"]) == pytest.approx(prediction["confidence"], abs=2e-6)
@@ -71,6 +74,29 @@ def test_confidences_have_six_decimals_and_sum_to_one(infer_here):
     assert len(confidences) == 1000 and confidences == sorted(confidences, reverse=True)
     assert sum(confidences) == pytest.approx(1, abs=1e-3)
     assert all(round(value, 6) == value for value in confidences)
+
+
+def test_text_names_the_image_where_there_are_several(infer_here, tiny_graph, tmp_path):
+    (tmp_path / "坏.jpg").write_bytes(b"no image")
+    result = infer_here(*tiny_graph, CAT, tmp_path / "坏.jpg", COFFEE, "-k", "1")
+    assert result.returncode == 1
+    titles = [line for line in result.stdout.splitlines() if line.startswith("[RESULT]")]
+    wanted = (
+        f"{CAT} 识别结果:",
+        f"{tmp_path / '坏.jpg'} 识别失败: 无法识别的图像格式,或文件已损坏",
+        f"{COFFEE} 识别结果:",
+    )
+    assert titles == [f"[RESULT] {text}" for text in wanted]
+    assert len(result.stdout.splitlines()) == 5 and "输入图像" not in result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith("[ERROR]")] == [
+        f"[ERROR] {tmp_path / '坏.jpg'}: 无法识别的图像格式,或文件已损坏"
+    ]
+
+
+@pytest.mark.parametrize("style", ["text", "jsonl", "csv"])
+def test_a_failure_is_logged_in_every_format(infer_here, tiny_graph, tmp_path, style):
+    result = infer_here(*tiny_graph, CAT, tmp_path, tmp_path / "nothing.jpg", "-f", style)
+    assert result.returncode == 1 and f"[ERROR] {tmp_path / 'nothing.jpg'}: 文件不存在\n" in result.stderr
 
 
 def test_threshold(infer_here):
@@ -344,7 +370,8 @@ def test_a_closed_pipe_is_silent(tiny_graph, photos):
     command = shlex.join([sys.executable, "infer.py", *tiny_graph, "-q", str(photos)])
     command = ["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert result.stdout.endswith(" 识别结果:\n") and result.stderr == "" and result.returncode == 141
+    assert result.stdout.startswith("[RESULT] ") and result.stdout.endswith(" 识别结果:\n")
+    assert result.stderr == "" and result.returncode == 141
 
 
 # ---------------------------------------------------------------- wrong usage and broken files
@@ -410,6 +437,9 @@ def test_recognizer():
     assert best.confidence == pytest.approx(0.579, abs=2e-3) and len(result.predictions) == 5
     with Image.open(CAT) as image:
         assert recognizer(image).predictions == result.predictions
+    assert any(round(prediction.confidence, 6) != prediction.confidence for prediction in result.predictions)
+    recognizer.topk = 1000
+    assert sum(prediction.confidence for prediction in recognizer(CAT).predictions) == pytest.approx(1, abs=1e-5)
     assert recognizer(ROOT / "nothing.jpg").error == "文件不存在"
 
 

@@ -798,8 +798,13 @@ def test_two_graphs_do_not_answer_for_each_other(infer_here, tmp_path):
         assert result.returncode in (0, 3) and "cached" not in result.stdout
 
 
+# Records with no file that could have changed, so that nothing but what they say is against them.
+FORGED = [b'{"files": {}}', b'{"files": {}, "identity": 5, "warning": null}']
+FORGED += [b'{"files": {}, "identity": ["wwts_cn_lite"], "warning": null}', b'{"files": [], "identity": {}}']
+
+
 @pytest.mark.parametrize(
-    "content", [*HOSTILE_TEXTS.values(), b"[]", b"5", b'{"files": 5}', b'{"files": {"\\u0000": 0}}', None]
+    "content", [*HOSTILE_TEXTS.values(), b"[]", b"5", b'{"files": 5}', b'{"files": {"\\u0000": 0}}', None, *FORGED]
 )
 def test_what_is_remembered_is_not_believed_if_it_is_no_record(infer_here, tmp_path, monkeypatch, content):
     """Neither of a model nor of a graph."""
