@@ -81,6 +81,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import queue
 import re
@@ -575,6 +576,8 @@ def load_hub_model(
                 del sys.modules[module_name]
         code, search_path = hashlib.sha256(hubconf.read_bytes()), sys.path[:]
         sys.path.insert(0, str(folder))
+        # Python takes compiled code for current by size and time alone; the version is that of the source.
+        sys.pycache_prefix, pycache_prefix = os.devnull, sys.pycache_prefix
         try:
             # What other people's hub code prints must not get among the results on standard output.
             with contextlib.redirect_stdout(sys.stderr):
@@ -596,7 +599,9 @@ def load_hub_model(
                         if file.is_relative_to(folder) and "site-packages" not in file.parts and file.is_file():
                             code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
                     digests = hashlib.sha256()
-                    for key, value in itertools.chain(module.named_parameters(), module.named_buffers()):
+                    plain = (item for part in module.modules() for item in vars(part).items())  # neither of the two
+                    tensors = itertools.chain(module.named_parameters(), module.named_buffers(), plain)
+                    for key, value in ((key, value) for key, value in tensors if isinstance(value, torch.Tensor)):
                         digests.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
                         digests.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
                     parameters = digests.hexdigest()
@@ -614,7 +619,7 @@ def load_hub_model(
                 message = f"模型 {name} 需要 {error.name},请运行: pip install {error.name}"
             raise ModelError(message) from error
         finally:
-            sys.path[:] = search_path
+            sys.path[:], sys.pycache_prefix = search_path, pycache_prefix
     spec = Spec.parse(given, f"模型 {name}", replacement)
     return HubModel(
         module, spec, digest(parameters, code.hexdigest()), {**given["files"], **states} if own else None, own
@@ -682,6 +687,7 @@ def has_nvidia_gpu() -> bool:
 
 def choose_device(name: str) -> torch.device:
     """Turn auto, cpu, cuda, cuda:N or mps into a device that works here, or raise ModelError."""
+    torch = import_torch()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with explaining(f"不能使用 {name}: {{}};或改用 -d cpu"):  # none there, too old a driver, in use
@@ -708,7 +714,10 @@ class TorchEngine:
         precision = ("float16" if self.device.type == "cuda" else "float32") if dtype == "auto" else dtype
         self.dtype = getattr(torch, precision)
         self.version = compute_version(model.weights, model.spec, precision)
-        self._lock = threading.Lock()
+        self._lock, self._own = threading.Lock(), model.own
+        # Without statistics of its own a batch norm takes those of the batch: company would decide the answers.
+        norms = [part for part in model.module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+        self._apart = any(norm.running_mean is None for norm in norms)
         with self._one_line_errors():
             self.model = (model.module.fuse() if model.own else model.module.eval()).to(self.device, self.dtype)
             # Pixels come as N×H×W×3 anyway, and convolutions are up to twice as fast so.
@@ -735,7 +744,9 @@ class TorchEngine:
         """
         # TF32 would cost float32 its promise that CPU and CUDA agree within 1e-3; the switch is for all threads.
         with self._lock, self._one_line_errors(), torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-            logits = self.model(self.normalize(numpy.stack(batch)).to(self.dtype))
+            inputs = self.normalize(numpy.stack(batch)).to(self.dtype)
+            with contextlib.nullcontext() if self._own else contextlib.redirect_stdout(sys.stderr):
+                logits = torch.cat([self.model(image[None]) for image in inputs]) if self._apart else self.model(inputs)
             confidences = _check_logits(logits, len(batch), self.spec.num_classes).float().softmax(1)
             top = confidences.topk(min(topk, self.spec.num_classes))
             values = top.values.where(confidences.isfinite().all(1, keepdim=True), torch.nan)
@@ -765,16 +776,14 @@ class OnnxEngine:
             raise ModelError(f"找不到 ONNX 文件 {path}")
         with explaining("onnxruntime 不能使用({}),请运行: pip install -U onnxruntime"):
             import onnxruntime
-        content = []  # of the file, and of the one beside it where export.py puts large weights
-        for part in (path, f"{path}.data"):
-            if version is None and os.path.isfile(part):
-                with open(part, "rb") as file:
-                    content.append(hashlib.file_digest(file, "sha256").hexdigest())
         with explaining(f"ONNX 文件 {path} 无法读取: {{}}。请重新导出"):
+            if os.path.getsize(path) > 2**31:
+                raise ModelError(f"ONNX 文件 {path} 超过 2 GiB,不是 export.py 导出的")
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # what goes wrong is said here, in one line
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
             text = self._session.get_modelmeta().custom_metadata_map.get("wwts_spec")
+            content = version or self._hash_content(path)  # which the session has found sound, and no file outside it
         if text is None:
             raise ModelError(f"ONNX 文件 {path} 里没有预处理方法和标签,它不是 export.py 导出的")
         with explaining(f"ONNX 文件 {path} 的 spec 有误: {{}}"):
@@ -784,7 +793,22 @@ class OnnxEngine:
         if ports != [("tensor(uint8)", [crop, crop, 3]), ("tensor(float)", [classes])]:
             raise ModelError(f"ONNX 文件 {path} 的输入或输出与它的 spec 不符,请重新导出")
         self._input = self._session.get_inputs()[0].name
-        self.version = version or compute_version(digest(*content), self.spec, "float32")
+        self.version = version or compute_version(content, self.spec, "float32")
+
+    @staticmethod
+    def _hash_content(path: str | os.PathLike) -> str:
+        """A digest of a graph and of the files beside it that hold its weights."""
+        digests = []
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            digests.append(hashlib.sha256(data).hexdigest())
+            # Of a tensor that is kept elsewhere: the key "location", and a value with its length before it.
+            places = {
+                data[m.end() : m.end() + m[1][0]] for m in re.finditer(rb"\n\x08location\x12(.)", data, re.DOTALL)
+            }
+        for place in sorted(places):
+            with open(os.path.join(os.path.dirname(path), os.fsdecode(place)), "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return digest(*digests)
 
     def classify(self, batch: list[numpy.ndarray], topk: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """As TorchEngine.classify."""
@@ -920,7 +944,8 @@ class Recognizer:
         for name in ("model", "repo", "weights", "labels", "cache"):
             setattr(self, name, os.fspath(getattr(self, name)) if getattr(self, name) is not None else None)
         for name, (pattern, words) in RULES.items():
-            if not re.fullmatch(pattern, str(getattr(self, name))):
+            value = getattr(self, name)
+            if not re.fullmatch(pattern, str(value)) or words == COUNT[1] and type(value) not in (int, type(None)):
                 raise UsageError(f"{name.replace('_', '-')} 应为 {words},而不是 {getattr(self, name)!r}")
         if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold <= 1:
             raise UsageError(f"threshold 应为 0 到 1 之间的数,而不是 {self.threshold!r}")
@@ -960,9 +985,15 @@ class Recognizer:
     def _known(self) -> dict[str, Any] | None:
         """What was remembered when the same was loaded before."""
         known = None if self.model_is_file else recall(self._key())
-        if known and known["warning"]:
-            log.warning(known["warning"])
-        return known
+        try:
+            name, version, num_classes = known["identity"]
+            right = re.fullmatch("[0-9a-f]{8}", version) and type(name) is str and type(num_classes) is int
+            warning = known["warning"]
+        except (TypeError, LookupError, ValueError):  # nothing there, or not written by this program
+            return None
+        if warning:
+            log.warning("%s", warning)
+        return known if right and num_classes > 0 else None
 
     def load(self) -> TorchEngine | OnnxEngine:
         """Load model and labels unless that is done, and return the engine. What failed once is not tried again."""
@@ -1113,8 +1144,11 @@ class Recognizer:
     def _prepare(self, image: Any) -> _Prepared:
         """Decode an image, or find its answers in the cache."""
         key, is_path = None, isinstance(image, (str, bytes, os.PathLike))
-        path = os.fsdecode(image if is_path else getattr(image, "filename", None) or getattr(image, "name", None) or "")
+        names = [image] if is_path else [getattr(image, "filename", None), getattr(image, "name", None)]
+        path = os.fsdecode(next((name for name in names if name and isinstance(name, (str, bytes, os.PathLike))), ""))
         try:
+            if hasattr(image, "read") and not image.seekable():
+                image = io.BytesIO(image.read(MOST_IMAGE))
             with open_image(path) if is_path else contextlib.nullcontext(image) as file:
                 if self._cache and not isinstance(file, Image.Image):
                     identity = self.identify()
@@ -1288,13 +1322,13 @@ class Jsonl:
         """The line for one image."""
         return json.dumps(result.record(), ensure_ascii=False, allow_nan=False) + "\n"
 
-    def parse(self, line: str) -> tuple[str, str, str, int | None]:
-        """Path, model, version and number of predictions (None for an error) of a line; raises at what is none."""
+    def parse(self, line: str) -> tuple[str, str, str, list[float] | None]:
+        """Path, model, version and confidences (None for an error) of a line; raises at what is none."""
         record = json.loads(line)
         names = [record[key] for key in ("path", "model", "version")]
         if set(map(type, names)) != {str}:
             raise TypeError
-        return *names, None if "error" in record else len([p["confidence"] for p in record["results"]])
+        return *names, None if "error" in record else [float(p["confidence"]) for p in record["results"]]
 
 
 class Csv:
@@ -1317,14 +1351,14 @@ class Csv:
         csv.writer(line, lineterminator="\r\n").writerow([*start, *cells, self.cell(result.error or "")])
         return line.getvalue()
 
-    def parse(self, line: str) -> tuple[str, str, str, int | None]:
+    def parse(self, line: str) -> tuple[str, str, str, list[float] | None]:
         """As Jsonl.parse."""
         (row,) = csv.reader([line], strict=True)
         if len(row) != 2 * self.topk + 4:
             raise ValueError
         escape = r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
         path = re.sub(escape, lambda m: m[0].encode().decode("unicode_escape"), row[0].removeprefix("'"))
-        return path, row[1], row[2], None if row[-1] else sum(map(bool, row[4:-1:2]))
+        return path, row[1], row[2], None if row[-1] else [float(value) for value in row[4:-1:2] if value]
 
     @staticmethod
     def cell(text: str) -> str:
@@ -1351,6 +1385,7 @@ class OutputFile:
         self.failed: set[str] = set()
         self.models: set[tuple[str, str]] = set()
         self._counts: set[int] = set()  # of predictions
+        self._least = 1.0  # of all confidences
         self._replacements: dict[str, str] = {}
         self._settings = f"output-{digest(os.path.abspath(path))[:16]}"
         self._file: BinaryIO | None = None
@@ -1387,13 +1422,14 @@ class OutputFile:
                     break
                 try:
                     if self.size or not self.form.head:
-                        path, model, version, count = self.form.parse(line.decode())
+                        path, model, version, confidences = self.form.parse(line.decode())
                         self.done.add(os.path.abspath(path))
                         self.models.add((model, version))
-                        if count is None:
+                        if confidences is None:
                             self.failed.add(os.path.abspath(path))
                         else:
-                            self._counts.add(count)
+                            self._counts.add(len(confidences))
+                            self._least = min([self._least, *confidences])
                     self.size += len(line)
                 except (ValueError, LookupError, TypeError, RecursionError, csv.Error):
                     foreign = True
@@ -1414,6 +1450,7 @@ class OutputFile:
         most, now = min(topk, identity.num_classes), {"topk": topk, "threshold": threshold}
         then = (recall(self._settings) if self.models else None) or {"files": {}, **now}
         wrong = any(count > most or threshold == 0 and count < most for count in self._counts)
+        wrong = wrong or self._least < threshold - 1e-6  # half of the last decimal, and a little
         if wrong or then != {"files": {}, **now}:
             self._refuse(
                 f"是用 -k {then['topk']} -t {then['threshold']:g} 写的,现在是 -k {topk} -t {threshold:g}"
@@ -1785,7 +1822,8 @@ def recognise(
         failed_before = len(output.failed - retry) if output else 0
         if output:
             output.close()
-        if counts["found"] > 1 or output:
+        nothing = counts["done"] == 0 and isinstance(sys.exc_info()[1], ModelError)
+        if (counts["found"] > 1 or output) and not nothing:
             log.info(
                 "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张(失败 %d 张),%.1f 张/秒",
                 "中断" if sys.exc_info()[0] else "完成",

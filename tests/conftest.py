@@ -374,6 +374,7 @@ def _exported(tmp_path_factory):
 
     spec = next(p.value for p in onnx.load(run.graph).metadata_props if p.key == "wwts_spec")
     assert export.main(["-m", "wwts_cn_lite", "-q", str(run.single)]) == 0
+    os.environ.pop("TQDM_DISABLE", None)  # which a quiet command sets for its process
     assert json.loads(onnx.load(run.single).metadata_props[0].value) == json.loads(spec)
     return run
 
