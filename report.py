@@ -5,19 +5,17 @@
 
   结果文件                infer.py 用 -o 写的 .jsonl 或 .csv;可以有几个,
                           如 torchrun 各进程的 结果.rank0.jsonl …
-  -o, --output FILE       网页写到这个 .html 文件
-                          [第一个结果文件的名字,扩展名换成 .html]
-  --labels FILE           改正时还能选这些标签(JSON、每行一个名称的文本或
-                          meta_info.txt)
-  --forbid LABEL          照片的标签里不许有它;可写多个,也可写每行一个标签
-                          的文件
+  -o, --output FILE       网页 [第一个结果文件的名字,扩展名换成 .html]
+  --labels FILE           改正时还能选的标签,格式同 infer.py 的 --labels
+  --forbid LABEL          照片的标签里不许有它;可写多个,也可写标签文件
   --require LABEL         照片的标签里应有它,写了多个时有一个即可;也可写文件
+  -t, --threshold P       这两个选项只看置信度不低于 P 的标签,0 到 1 [0]
   --most N                网页里最多放几张照片 [10000]
   -q, --quiet             不显示 [INFO] 信息和进度
   -h, --help              显示本说明
 
 示例(在运行 infer.py 的文件夹里运行):
-  python report.py 结果.csv -o 报告.html --forbid 香烟
+  python report.py 结果.csv -o 报告.html --forbid 香烟 -t 0.2
 
 退出状态: 0 完成  1 有照片违反 --forbid 或 --require  2 用法错误或结果文件
 不可用  3 标签文件不可用或网页写不出来  130/143 被中断
@@ -71,9 +69,8 @@ def read_cell(cell: str) -> str:
     """Take back what infer.py does to a text so that it is one line of CSV and no formula."""
     text = cell.removeprefix("'")
     escape = r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
-    if os.sep == "\\":  # a part of every path, which infer.py does not double there
-        return text
-    return re.sub(escape, lambda match: match[0].encode().decode("unicode_escape"), text)
+    # Where backslashes are a part of every path, infer.py does not double them.
+    return text if os.sep == "\\" else re.sub(escape, lambda m: m[0].encode().decode("unicode_escape"), text)
 
 
 def parse_record(line: str, header: list[str] | None) -> Record:
@@ -100,16 +97,23 @@ def read_rule(values: list[str]) -> set[str]:
     return set(chain(*(infer.read_labels(value) if os.path.isfile(value) else [value] for value in values))) - {""}
 
 
-def find_violation(record: Record, forbidden: set[str], required: set[str]) -> str | None:
-    """Say in Chinese which label a photo shows against a ban, or that it shows none of those required."""
-    labels = [label for label, _ in record.results]
-    reasons = [f"出现了{label}" for label in labels if label in forbidden]
-    if required and not required.intersection(labels):
-        reasons.append(f"没有{'、'.join(required)}" if len(required) == 1 else "应有的标签一个也没有")
-    return ",".join(reasons) or None
+class Rules(NamedTuple):
+    """Labels that no photo may show, and labels of which each must show one, at this confidence or more."""
+
+    forbidden: set[str]
+    required: set[str]
+    threshold: float
+
+    def violation(self, record: Record) -> str | None:
+        """Say in Chinese what is wrong with a photo; None if nothing is."""
+        shown = {label: confidence for label, confidence in record.results if confidence >= self.threshold}
+        reasons = [f"出现了{label}({shown[label]:.2f})" for label in shown if label in self.forbidden]
+        if self.required and self.required.isdisjoint(shown):
+            reasons.append(f"没有{'、'.join(self.required)}" if len(self.required) == 1 else "应有的标签一个也没有")
+        return ",".join(reasons) or None
 
 
-def read_records(paths: list[str], forbidden: set[str], required: set[str]) -> Iterator[Record]:
+def read_records(paths: list[str], rules: Rules) -> Iterator[Record]:
     """Read result files line by line; raises UsageError where one is torn or was not written by infer.py."""
     for path in paths:
         header, number = None, 0
@@ -122,7 +126,7 @@ def read_records(paths: list[str], forbidden: set[str], required: set[str]) -> I
                         header = line.decode("utf-8-sig").rstrip().split(",")
                     else:
                         record = parse_record(line.decode(), header)
-                        yield record._replace(violation=find_violation(record, forbidden, required))
+                        yield record._replace(violation=rules.violation(record))
         except OSError as error:
             raise infer.UsageError(f"结果文件 {path} 无法读取: {infer.one_line(error)}") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
@@ -161,11 +165,10 @@ def make_entry(record: Record, folder: str) -> tuple[dict[str, Any], str]:
     if record.error is not None:
         return entry, ""
     try:
-        thumbnail = make_thumbnail(record.path)
+        link = quote(os.fsencode(os.path.relpath(record.path, folder).replace(os.sep, "/")))
+        return entry | {"link": link}, make_thumbnail(record.path)
     except Exception as error:  # Pillow's decoders raise all kinds of it
         return entry | {"problem": infer.describe_image_error(error)}, ""
-    relative = os.path.relpath(record.path, folder).replace(os.sep, "/")
-    return entry | {"link": quote(os.fsencode(relative))}, thumbnail
 
 
 def data_element(kind: str, data: Any) -> str:
@@ -174,35 +177,28 @@ def data_element(kind: str, data: Any) -> str:
     return f'<script type="application/json" class="{kind}">{text}</script>\n'
 
 
-def read_template() -> list[str]:
-    """The page before and after the data; only script and style with its secret number are allowed to work."""
-    try:
-        template = infer.read_text(TEMPLATE)
-    except (OSError, ValueError) as error:
-        raise infer.ModelError(f"网页的模板 {TEMPLATE} 无法读取: {infer.one_line(error)}。请重新下载") from error
-    return template.replace("NONCE", secrets.token_hex(16)).split("<!-- data -->\n")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Make the page; return the exit status."""
     paths, most = arguments.results, arguments.most
     output = Path(arguments.output or Path(paths[0]).with_suffix(".html"))
     if output.suffix.lower() != ".html" or output.is_dir() or not output.parent.is_dir():
         raise infer.UsageError(f"-o 后面应是一个以 .html 结尾的文件名,在已有的文件夹里,而不是 {output}")
-    if most < 1:
-        raise infer.UsageError(f"--most 应是 1 或更大的整数,而不是 {most}")
+    if most < 1 or not 0 <= arguments.threshold <= 1:
+        raise infer.UsageError("--most 应是 1 或更大的整数,-t 应在 0 到 1 之间")
     known = infer.read_labels(arguments.labels) if arguments.labels else []
-    rules = read_rule(arguments.forbid), read_rule(arguments.require)
-    if known and (unknown := set.union(*rules).difference(known)):
+    rules = Rules(read_rule(arguments.forbid), read_rule(arguments.require), arguments.threshold)
+    if known and (unknown := (rules.forbidden | rules.required).difference(known)):
         raise infer.UsageError(f"{arguments.labels} 里没有这些标签: {'、'.join(sorted(unknown))}")
 
     start = time.monotonic()
-    head, tail = read_template()
-    summary = survey(read_records(paths, *rules))
+    if not TEMPLATE.is_file():
+        raise infer.ModelError(f"缺少网页的模板 {TEMPLATE};请重新下载本项目")
+    # The page's Content-Security-Policy allows only the script and the style that bear its secret number.
+    head, tail = infer.read_text(TEMPLATE).replace("NONCE", secrets.token_hex(16)).split("<!-- data -->\n")
+    summary = survey(read_records(paths, rules))
     total, violations, shown, missing = summary["total"], summary["violations"], min(summary["total"], most), 0
-    newest = time.localtime(max(map(os.path.getmtime, paths)))
-    summary |= {"files": [*map(os.path.basename, paths)], "time": time.strftime("%Y-%m-%d %H:%M", newest)}
-    summary |= {"rules": any(rules), "labels": known, "block": BLOCK}
+    summary |= {"files": [*map(os.path.basename, paths)], "time": max(map(os.path.getmtime, paths))}
+    summary |= {"rules": any(rules[:2]), "labels": known, "block": BLOCK}
     room = {True: most, False: most - violations}  # what violates a rule goes before what does not
 
     def has_room(record: Record) -> bool:
@@ -210,7 +206,7 @@ def run(arguments: argparse.Namespace) -> int:
         return room[record.violation is not None] >= 0
 
     # A run that still goes on may have added records since they were counted.
-    chosen = filter(has_room, islice(read_records(paths, *rules), total))
+    chosen = filter(has_room, islice(read_records(paths, rules), total))
     # A path that is no text is escaped as JSON would escape it.
     options = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     with infer.replacing(output) as target, open(target, "w", **options) as page, ThreadPoolExecutor() as pool:
@@ -243,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--labels")
     parser.add_argument("--forbid", action="append", default=[])
     parser.add_argument("--require", action="append", default=[])
+    parser.add_argument("-t", "--threshold", type=float, default=0.0)
     parser.add_argument("--most", type=int, default=10000)
     return infer.run_command(run, parser, argv)
 
