@@ -234,7 +234,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = infer.Parser("report.py", __doc__)
-    parser.add_argument("results", nargs="+")
+    parser.add_argument("results", nargs="+", metavar="结果文件")
     parser.add_argument("-o", "--output")
     parser.add_argument("--labels")
     parser.add_argument("--forbid", action="append", default=[])

@@ -464,7 +464,7 @@ def test_files_that_are_no_results(make_report, tmp_path, name, text, words):
 def test_wrong_usage(make_report, photos, tmp_path):
     (tmp_path / "d.html").mkdir()
     for arguments, words in (
-        ([], "缺少参数"),
+        ([], "缺少参数: 结果文件"),
         (["没有.csv"], "没有.csv 无法读取"),
         ([tmp_path], "无法读取"),
         ([photos, "-o", "报告.csv"], ".html"),
