@@ -542,3 +542,47 @@ def test_as_a_process(photos):
         [sys.executable, "report.py", photos], cwd=photos.parent, capture_output=True, encoding="utf-8"
     )
     assert result.returncode == 3 and "重新下载" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not (ROOT / "learn.py").is_file(), reason="needs learn.py")
+def test_recognise_look_correct_learn(infer, home, page, make_report, tmp_path):
+    """What is corrected on the page is learned: the same photos get the new label."""
+    for library in ("scipy", "safetensors"):
+        pytest.importorskip(library)
+    rng = np.random.default_rng(0)
+    for source, folder in zip(SAMPLES, ("商品/猫", "商品/咖啡", "新照片"), strict=False):
+        (tmp_path / folder).mkdir(parents=True)
+        with Image.open(source) as image:
+            for number in range(5):
+                left, top = rng.integers(0, [image.width // 5, image.height // 5])
+                box = (left, top, left + image.width * 4 // 5, top + image.height * 4 // 5)
+                image.crop(box).save(tmp_path / folder / f"{number}.jpg")
+
+    def learn(*inputs):
+        command = [
+            sys.executable,
+            ROOT / "learn.py",
+            *inputs,
+            "-m",
+            "wwts_cn_lite",
+            "-d",
+            "cpu",
+            "-o",
+            "商品.safetensors",
+        ]
+        subprocess.run(command, cwd=tmp_path, env=os.environ | {"HOME": str(home)}, check=True, capture_output=True)
+        result = infer("-m", "商品.safetensors", "新照片", "-o", "结果.csv", "--overwrite", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert make_report("结果.csv").returncode == 0
+        return page(tmp_path / "结果.html")
+
+    shown = learn("商品")
+    assert set(shown.labels()) <= {"猫", "咖啡"}
+    shown.browser.execute_script("focusPhoto(0)")
+    for _ in range(5):
+        shown.press("e")
+        shown.find("#wanted").send_keys("宫殿")
+        shown.press("ENTER")
+    assert len(shown.download()) == 5
+    shutil.copy(shown.browser.downloads / "改正.csv", tmp_path)
+    assert learn("商品", "改正.csv").labels() == ["宫殿"] * 5
