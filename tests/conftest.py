@@ -467,20 +467,13 @@ def tmpfs(tmp_path):
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """Chromium without a window or a network but loopback; what it downloads lies in its folder ``downloads``."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Debian's chromium and chromium-driver")
+    from browser import start_browser
+
     downloads = tmp_path_factory.mktemp("downloads")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    switches = ["headless=new", "disable-dev-shm-usage", "window-size=1280,1200", "lang=zh-CN"]
-    switches += ["host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-    switches += ["no-sandbox"] * (os.geteuid() == 0)  # which root needs
-    for switch in switches:
-        options.add_argument(f"--{switch}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
-        browser.downloads = downloads
-        yield browser
+    try:
+        chromium = start_browser(downloads)
+    except (ImportError, FileNotFoundError) as error:
+        pytest.skip(str(error))
+    with chromium:
+        chromium.downloads = downloads
+        yield chromium
