@@ -477,3 +477,18 @@ def tmpfs(tmp_path):
     yield mount
     while os.path.ismount(folder):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium without a window or a network but loopback; what it downloads lies in its folder ``downloads``."""
+    from browser import start_browser
+
+    downloads = tmp_path_factory.mktemp("downloads")
+    try:
+        chromium = start_browser(downloads)
+    except (ImportError, FileNotFoundError) as error:
+        pytest.skip(str(error))
+    with chromium:
+        chromium.downloads = downloads
+        yield chromium
