@@ -92,14 +92,27 @@ class Page:
     def all(self, selector):
         return self.browser.find_elements("css selector", selector)
 
+    def texts(self, selector):
+        """The texts that are shown, read in one step after the page has drawn what it was going to draw."""
+        script = """
+            const done = arguments[1], texts = () => [...document.querySelectorAll(arguments[0])].map(e => e.innerText);
+            requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => done(texts()))));
+        """
+        return [text.strip() for text in self.browser.execute_async_script(script, selector)]
+
     def text(self, selector):
-        return self.find(selector).text
+        return self.texts(selector)[0]
 
     def labels(self):
         """The labels of the photos in view, in their order on the page."""
-        cards = self.all("#photos li")
-        cards.sort(key=lambda card: int(card.get_attribute("aria-posinset")))
-        return [card.find_element("css selector", ".first").text for card in cards]
+        script = """
+            const done = arguments[0];
+            requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => done(
+                [...document.querySelectorAll("#photos li")]
+                    .sort((a, b) => a.getAttribute("aria-posinset") - b.getAttribute("aria-posinset"))
+                    .map(card => card.querySelector(".first").innerText.trim())))));
+        """
+        return self.browser.execute_async_script(script)
 
     def press(self, *keys):
         """Press keys one after the other, wherever the keyboard is."""
@@ -182,7 +195,7 @@ def test_filters_and_charts(make_report, page, photos):
     shown.find("button[type=reset]").click()
     order = shown.find("#order")
     order.send_keys("置信度从低")
-    assert [card.text for card in shown.all("#photos .about p:nth-child(2)")][:3] == [
+    assert shown.texts("#photos .about p:nth-child(2)")[:3] == [
         "置信度 0.42",
         "置信度 0.91",
         "置信度 1.00",
