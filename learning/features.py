@@ -172,7 +172,9 @@ class Features:
         rows = [(index, *row) for index, row in enumerate(found) if row]
         features = numpy.frombuffer(b"".join(row for *_, row in rows), numpy.float32)
         times = numpy.array([math.nan if time is None else time for _, time, _ in rows])
-        return numpy.array([row[0] for row in rows], int), features.reshape(len(rows), -1), times
+        size = "SELECT length(row) FROM features WHERE version = ?"
+        width = self._file.execute(size, [self.backbone.version]).fetchone()[0] // 4
+        return numpy.array([row[0] for row in rows], int), features.reshape(len(rows), width), times
 
 
 def time_taken(data: bytes) -> float | None:

@@ -1,7 +1,7 @@
 """Training a whole network on one's own categories.
 
-The settings are those that were measured (docs/学习.md): AdamW with a cosine schedule after a short warm-up; random
-crops, mirror images and slight changes of colour; label smoothing; batch norms keep their statistics.
+AdamW with a cosine schedule after a short warm-up; random crops, mirror images and slight changes of colour; label
+smoothing; batch norms keep their statistics. What that brings is in docs/学习.md.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from learning.classifier import Photos, answer, find_temperature, fit_head, judg
 from learning.features import Backbone, Features, run_torch
 
 log = logging.getLogger("wwts")
-BATCH, WARM_UP, AHEAD = 16, 50, 4  # photos a step; steps; steps whose photos are decoded ahead
-BODY_RATE, HEAD_RATE, WEIGHT_DECAY, SMOOTHING = 2e-4, 1e-3, 0.02, 0.1
+BATCH, WARM_UP, AHEAD = 16, 50, 4  # photos a step; steps at most; steps whose photos are decoded ahead
+BODY_RATE, HEAD_RATE, WEIGHT_DECAY, SMOOTHING = 1e-4, 1e-3, 0.02, 0.1
+# Of the covariance, for the first head: one that heeds the smallest differences is useless once the body moves.
+FIRST_SHRINKAGE = 0.9
 
 
 def train_network(
@@ -48,7 +50,7 @@ def train_network(
     rows, held_rows, classes = numpy.flatnonzero(~held), numpy.flatnonzero(held), len(names)
     # It begins with the head for unrooted features, since a root has no finite slope at zero.
     plain = photos._replace(features=photos.features * abs(photos.features), again=photos.again[:0])
-    weight, bias = fit_head(plain._replace(changes=photos.changes[:0]), rows, classes)
+    weight, bias = fit_head(plain._replace(changes=photos.changes[:0]), rows, classes, FIRST_SHRINKAGE)
     temperature = find_temperature(plain.features[held_rows] @ weight.T + bias, photos.labels[held_rows])
     linear = torch.nn.Linear(weight.shape[1], classes)
     linear.load_state_dict({"weight": torch.tensor(weight / temperature), "bias": torch.tensor(bias / temperature)})
@@ -61,8 +63,9 @@ def train_network(
     groups = [{"params": body, "lr": BODY_RATE}, {"params": linear.parameters(), "lr": HEAD_RATE}]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     steps = arguments.finetune * math.ceil(len(rows) / BATCH)
+    warm_up = max(min(WARM_UP, steps // 10), 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer, lambda step: min(1, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
     )
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
     checkpoint = Path(f"{arguments.output}.checkpoint")

@@ -458,7 +458,7 @@ def test_photos_of_one_moment_stay_in_one_fold():
 
 def test_calibration_finds_the_temperature_that_confidences_were_spoilt_with():
     random = np.random.default_rng(0)
-    logits = random.normal(0, 2, (600, 5))
+    logits = random.normal(0, 2, (4000, 5))
     confidences = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     given = np.array([random.choice(5, p=row) for row in confidences])
     assert 6 < classifier.find_temperature(logits * 7, given) < 8.2
