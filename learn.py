@@ -296,10 +296,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.test:
         report["test"] = judge_photos(arguments, number, contents, *how)
     report["advice"] = advise(report)
-    show(report)
     if arguments.report:
         with infer.replacing(arguments.report) as target:
             target.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+    show(report)
     return 0
 
 

@@ -31,12 +31,10 @@ def root(features: numpy.ndarray) -> numpy.ndarray:
     return numpy.sign(features) * numpy.sqrt(numpy.abs(features))
 
 
-def fit_head(
-    photos: Photos, rows: numpy.ndarray, classes: int, shrinkage: float = SHRINKAGE
-) -> tuple[numpy.ndarray, numpy.ndarray]:
+def fit_head(photos: Photos, rows: numpy.ndarray, classes: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Weight (classes×width) and bias of linear discriminant analysis, learned from some of the photos.
 
-    It is scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=…), in a tenth of its time and
+    It is scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE), in a tenth of its time and
     with less memory for many classes, but for one thing: the covariance of ``changes`` is added to that within the
     classes, so that what a second look changes counts for less. A class without photos is never the answer.
     """
@@ -55,8 +53,8 @@ def fit_head(
     changes = photos.changes[numpy.isin(photos.again, rows)].astype(float)
     covariance += changes.T @ changes / max(len(changes), 1)
     target = max(numpy.trace(covariance) / width, 1e-9)  # not zero where all photos are alike
-    covariance *= 1 - shrinkage
-    covariance.flat[:: width + 1] += shrinkage * target
+    covariance *= 1 - SHRINKAGE
+    covariance.flat[:: width + 1] += SHRINKAGE * target
     weight = scipy.linalg.solve(covariance, means.T, assume_a="pos").T
     with numpy.errstate(divide="ignore"):
         return weight, numpy.log(counts / len(rows)) - (weight * means).sum(1) / 2
@@ -114,16 +112,18 @@ def assign_folds(photos: Photos, classes: int) -> numpy.ndarray:
     return folds
 
 
-def find_temperature(logits: numpy.ndarray, given: numpy.ndarray) -> float:
+def find_temperature(logits: numpy.ndarray, given: numpy.ndarray, smoothing: float = 0.0) -> float:
     """What logits (N×classes) are to be divided by so that their softmax best foretells the given labels.
 
-    Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599, section 4.2.
+    Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599, section 4.2. With ``smoothing`` the
+    labels are smoothed first: that share of each is spread over all classes.
     """
 
     def loss(temperature: float) -> float:
         scaled = logits / temperature
         scaled -= scaled.max(1, keepdims=True)
-        return (numpy.log(numpy.exp(scaled).sum(1)) - scaled[numpy.arange(len(given)), given]).mean()
+        target = (1 - smoothing) * scaled[numpy.arange(len(given)), given] + smoothing * scaled.mean(1)
+        return (numpy.log(numpy.exp(scaled).sum(1)) - target).mean()
 
     return min(numpy.geomspace(0.01, 1000, 120).tolist(), key=loss)
 

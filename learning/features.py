@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -145,8 +145,11 @@ class Features:
 
         seen, batch, size = {}, [], arguments.batch_size or 8
         with infer.progress_bar(len(paths), "张") as bar, ThreadPoolExecutor(arguments.workers) as pool:
-            for start in range(0, len(paths), AHEAD):
-                for path, photo, rows in pool.map(prepare, paths[start : start + AHEAD]):
+            prepared: Iterable = ()
+            for start in range(0, len(paths) + AHEAD, AHEAD):
+                # While the network sees to these, the next ones are decoded.
+                current, prepared = prepared, pool.map(prepare, paths[start : start + AHEAD])
+                for path, photo, rows in current:
                     seen[path] = photo
                     batch += rows
                     if len(batch) >= size:

@@ -24,9 +24,10 @@ from learning.features import Backbone, Features, run_torch
 
 log = logging.getLogger("wwts")
 BATCH, WARM_UP, AHEAD = 16, 50, 4  # photos a step; steps at most; steps whose photos are decoded ahead
-BODY_RATE, HEAD_RATE, WEIGHT_DECAY, SMOOTHING = 1e-4, 1e-3, 0.02, 0.1
-# Of the covariance, for the first head: one that heeds the smallest differences is useless once the body moves.
-FIRST_SHRINKAGE = 0.9
+BODY_RATE, HEAD_RATE, WEIGHT_DECAY, SMOOTHING = 2e-4, 1e-3, 0.02, 0.1
+# With fewer steps than this the body learns more slowly, or what it unlearns at first would not be mended in time.
+MANY_STEPS = 800
+CROP_AREA = (0.35, 1)  # shares of a photo
 
 
 def train_network(
@@ -50,8 +51,9 @@ def train_network(
     rows, held_rows, classes = numpy.flatnonzero(~held), numpy.flatnonzero(held), len(names)
     # It begins with the head for unrooted features, since a root has no finite slope at zero.
     plain = photos._replace(features=photos.features * abs(photos.features), again=photos.again[:0])
-    weight, bias = fit_head(plain._replace(changes=photos.changes[:0]), rows, classes, FIRST_SHRINKAGE)
-    temperature = find_temperature(plain.features[held_rows] @ weight.T + bias, photos.labels[held_rows])
+    weight, bias = fit_head(plain._replace(changes=photos.changes[:0]), rows, classes)
+    # As sure as smoothed labels want it: of photos that it knows it is far too sure, which would upset all at first.
+    temperature = find_temperature(plain.features[rows] @ weight.T + bias, photos.labels[rows], SMOOTHING)
     linear = torch.nn.Linear(weight.shape[1], classes)
     linear.load_state_dict({"weight": torch.tensor(weight / temperature), "bias": torch.tensor(bias / temperature)})
     name = infer.find_classifier(model)
@@ -60,9 +62,10 @@ def train_network(
     engine = TorchEngine(model._replace(own=False), arguments.device, "float32")
     network = engine.model.requires_grad_(True)
     body = [value for key, value in network.named_parameters() if not key.startswith(f"{name}.")]
-    groups = [{"params": body, "lr": BODY_RATE}, {"params": linear.parameters(), "lr": HEAD_RATE}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     steps = arguments.finetune * math.ceil(len(rows) / BATCH)
+    rate = BODY_RATE * min(steps / MANY_STEPS, 1)
+    groups = [{"params": body, "lr": rate}, {"params": linear.parameters(), "lr": HEAD_RATE}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     warm_up = max(min(WARM_UP, steps // 10), 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -117,7 +120,7 @@ def train_epoch(
     augment = transforms.Compose(
         [
             transforms.RandomResizedCrop(
-                engine.spec.crop, (0.35, 1), interpolation=transforms.InterpolationMode(engine.spec.interpolation)
+                engine.spec.crop, CROP_AREA, interpolation=transforms.InterpolationMode(engine.spec.interpolation)
             ),
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(0.2, 0.2, 0.2),
