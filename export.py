@@ -59,7 +59,7 @@ from infer import (
     run_command,
 )
 
-__all__ = ["export_graph", "find_photos", "read_pixels"]
+__all__ = ["export_graph", "find_photos", "read_pixels", "write_graph"]
 
 log = logging.getLogger("wwts")
 HERE = Path(__file__).resolve().parent
@@ -83,13 +83,12 @@ def read_pixels(photos: list[str], spec: Spec) -> Iterator[numpy.ndarray]:
             raise UsageError(f"{photo}: {describe_image_error(error)}") from error
 
 
-def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_weights: bool = False) -> float:
+def write_graph(engine: TorchEngine, path: Path, separate_weights: bool = False, softmax: bool = True) -> None:
     """Write an engine's model as an ONNX file: N×crop×crop×3 uint8 in, N×classes confidences out.
 
-    The engine must be on the CPU in float32. With ``separate_weights`` the weights lie beside the file in
-    another, which is mapped into memory: that starts sooner and has no limit of 2 GiB. The graph is checked
-    against the engine on the photos; returns the largest difference in confidence. Raises ModelError if a
-    package is missing, the model cannot be exported, or the two do not agree.
+    Without ``softmax`` the outputs are the network's own. The engine must be on the CPU in float32. With
+    ``separate_weights`` the weights lie beside the file in another, which is mapped into memory: that starts
+    sooner and has no limit of 2 GiB. Raises ModelError if a package is missing or the model cannot be exported.
     """
     torch = import_torch()
     try:
@@ -111,12 +110,9 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_we
 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             inputs = pixels.permute(0, 3, 1, 2).float().div(255).sub(self.pixel_mean).div(self.pixel_std)
-            return self.model(inputs).softmax(1)
+            outputs = self.model(inputs)
+            return outputs.softmax(1) if softmax else outputs
 
-    # One by one, so that what an image's company in a batch does to its answer is seen.
-    expected = [_confidences(engine, [pixels])[0] for pixels in read_pixels(photos, spec)]
-    if any(row.max() == row.min() for row in expected):
-        raise ModelError("模型给每一类的置信度都相等,它没有训练过,或者权重没有载入")
     logging.getLogger("torch.onnx").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
@@ -125,7 +121,7 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_we
                 Graph().eval(),
                 (torch.zeros(2, spec.crop, spec.crop, 3, dtype=torch.uint8),),
                 input_names=["pixels"],
-                output_names=["confidences"],
+                output_names=["confidences" if softmax else "features"],
                 dynamic_shapes=({0: torch.export.Dim("N")},),
                 dynamo=True,
                 verbose=False,
@@ -135,9 +131,21 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_we
         raise ModelError(f"模型 {spec.name} 不能导出为 ONNX,请直接用 torch 运行它。原因: {reason}") from error
     program.model.metadata_props["wwts_spec"] = json.dumps(spec.record(), ensure_ascii=False)
     program.save(path, external_data=separate_weights)
+
+
+def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_weights: bool = False) -> float:
+    """As write_graph, then check the graph against the engine on the photos; return the largest difference.
+
+    Raises ModelError also if the two do not agree in confidences or top-1.
+    """
+    # One by one, so that what an image's company in a batch does to its answer is seen.
+    expected = [_confidences(engine, [pixels])[0] for pixels in read_pixels(photos, engine.spec)]
+    if any(row.max() == row.min() for row in expected):
+        raise ModelError("模型给每一类的置信度都相等,它没有训练过,或者权重没有载入")
+    write_graph(engine, path, separate_weights)
     graph = OnnxEngine(path)
     largest = 0.0
-    for pixels, wanted in zip(read_pixels(photos, spec), expected, strict=True):
+    for pixels, wanted in zip(read_pixels(photos, engine.spec), expected, strict=True):
         # Beside copies of itself, so that a batch of a size unlike the example's is tried too.
         given = _confidences(graph, [pixels] * 3)[1]
         largest = max(largest, float(abs(given - wanted).max()))

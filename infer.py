@@ -6,7 +6,8 @@
   图片                    图片文件、文件夹(含子文件夹)、通配符,
                           或 - (从标准输入读路径,每行一个)
 模型:
-  -m, --model NAME        模型入口名,或 export.py 导出的 .onnx 文件
+  -m, --model NAME        模型入口名,export.py 导出的 .onnx 文件,或 learn.py
+                          学得的 .safetensors 文件
                           [wwts_cn_base,没有权重时 wwts_cn_lite]
   --repo REPO             torch.hub 仓库: 文件夹或 OWNER/NAME[:REF]
                           [infer.py 所在文件夹]
@@ -115,9 +116,9 @@ __all__ = [
     "HubModel", "Identity", "ModelError", "OnnxEngine", "Parser", "Prediction", "Recognizer", "Result", "Spec",
     "TorchEngine", "UsageError", "add_model_options", "build_recognizer", "cache_folder", "choose_device",
     "compute_version", "decode_image", "describe_image_error", "digest", "file_state", "find_images",
-    "has_nvidia_gpu", "import_torch", "kept_graph", "load_hub_model", "one_line", "open_image", "package_versions",
-    "preprocess", "printable", "progress_bar", "read_labels", "read_text", "recall", "remember", "replacing",
-    "run_command",
+    "find_classifier", "has_nvidia_gpu", "import_torch", "kept_graph", "load_hub_model", "load_learned_model",
+    "one_line", "open_image", "package_versions", "preprocess", "printable", "progress_bar", "read_labels",
+    "read_text", "recall", "remember", "replacing", "run_command",
 ]  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -515,9 +516,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 class HubModel(NamedTuple):
     """A network (eval mode, float32, on the CPU) with what is known of it.
 
-    ``weights`` is a digest of all that decides its answers besides the spec: parameters and code. ``files``
-    are the states of the files that both were read from, None where they are not known. ``own`` tells the
-    networks of this project, whose batch norms may be folded into convolutions.
+    ``weights`` is a digest of all that decides its answers besides the spec: parameters and code;
+    ``parameters`` is one of the former alone. ``files`` are the states of the files that both were read from,
+    None where they are not known. ``own`` tells the networks of this project, whose batch norms may be folded
+    into convolutions.
     """
 
     module: torch.nn.Module
@@ -525,6 +527,7 @@ class HubModel(NamedTuple):
     weights: str
     files: dict[str, Any] | None
     own: bool
+    parameters: str
 
 
 def import_torch() -> Any:
@@ -621,9 +624,8 @@ def load_hub_model(
         finally:
             sys.path[:], sys.pycache_prefix = search_path, pycache_prefix
     spec = Spec.parse(given, f"模型 {name}", replacement)
-    return HubModel(
-        module, spec, digest(parameters, code.hexdigest()), {**given["files"], **states} if own else None, own
-    )
+    files = {**given["files"], **states} if own else None
+    return HubModel(module, spec, digest(parameters, code.hexdigest()), files, own, parameters)
 
 
 def _call_entry_point(folder: Path, name: str, weights: str | None, offline: bool) -> Any:
@@ -667,6 +669,69 @@ def _hub_folder(repo: str, trust_repo: bool, offline: bool) -> Path:
         if folder.is_dir():
             return folder.resolve()
     raise ModelError(f"本机没有仓库 {repo} 的副本,且处于离线模式")
+
+
+def find_classifier(model: HubModel) -> str:
+    """The name, within a network, of the nn.Linear that gives its logits: the last one of as many outputs."""
+    layers = [(name, layer) for name, layer in model.module.named_modules() if isinstance(layer, torch.nn.Linear)]
+    if not layers or layers[-1][1].out_features != model.spec.num_classes:
+        raise ModelError(f"模型 {model.spec.name} 的最后一层不是 nn.Linear 分类层,不能学习自己的类别。请换一个模型")
+    return layers[-1][0]
+
+
+def load_learned_model(
+    path: str,
+    repo: str | None = None,
+    trust_repo: bool = False,
+    weights: str | None = None,
+    labels: str | None = None,
+    offline: bool = False,
+) -> HubModel:
+    """Load what learn.py wrote: a head for the hub model that the file names, or all parameters of its network.
+
+    The file may choose an entry point, but only of the repository that is asked for. Raises ModelError where it
+    is damaged, not of learn.py, or of a model with other weights; else as load_hub_model does.
+    """
+    import_torch()
+    states = {os.path.abspath(file): file_state(file) for file in (path, labels) if file}
+    if not os.path.isfile(path):
+        raise ModelError(f"找不到模型文件 {path}")
+    with explaining("学习得到的模型需要 safetensors({}),请运行: pip install safetensors", ImportError):
+        from safetensors import safe_open
+    damaged = f"{path} 不是 learn.py 写的模型,或者已损坏: {{}}。请重新复制或重新学习"
+    with explaining(damaged):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("wwts_learned", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        spec = Spec.parse(about["spec"], path, labels and read_labels(labels))
+        if any(printable(text) != text for text in (spec.name, *spec.labels)) or re.search(r"[/\\]", spec.name):
+            raise ValueError("名称中有控制字符或路径")
+    backbone = load_hub_model(about["backbone"], repo, trust_repo, weights, offline=offline)
+    if backbone.parameters != about.get("parameters"):
+        cause = "现在的权重与学习时的不同。请换回那时的权重(--repo、--weights),或重新学习"
+        raise ModelError(f"{path} 以 {backbone.spec.name} 为基础,{cause}")
+    module, name = backbone.module, find_classifier(backbone)
+
+    class Root(torch.nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features.sign() * features.abs().sqrt()
+
+    with explaining(damaged):
+        linear = torch.nn.Linear(module.get_submodule(name).in_features, spec.num_classes)
+        # Trained as a whole, a network needs no root, whose slope has no limit at zero.
+        module.set_submodule(name, linear if about["whole"] else torch.nn.Sequential(Root(), linear))
+        target = module if about["whole"] else linear
+        expected = {key: (value.dtype, value.shape) for key, value in target.state_dict().items()}
+        if {key: (value.dtype, value.shape) for key, value in tensors.items()} != expected:
+            raise ValueError("参数的名称、类型或形状不符")
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise ValueError("参数含有 NaN 或无穷大")
+        target.load_state_dict(tensors)
+    files = None if backbone.files is None else backbone.files | states
+    digests = [digest(content, part) for part in (backbone.weights, backbone.parameters)]
+    return HubModel(module.eval().requires_grad_(False), spec, digests[0], files, backbone.own, digests[1])
 
 
 def _check_logits(logits: Any, images: int, classes: int | None = None) -> torch.Tensor:
@@ -922,8 +987,8 @@ class Recognizer:
     and ModelError, when first used, if the model, its weights or labels, or the device are unusable.
     """
 
-    # Entry point of the hub repository, or an .onnx file; None: wwts_cn_base, or wwts_cn_lite with a
-    # warning where base's weights are not to be had.
+    # Entry point of the hub repository, a .safetensors file of learn.py, or an .onnx file; None: wwts_cn_base, or
+    # wwts_cn_lite with a warning where base's weights are not to be had.
     model: str | os.PathLike | None = None
     _: dataclasses.KW_ONLY
     repo: str | None = None  # torch.hub repository, a folder or OWNER/NAME[:REF]; None: the folder of this file
@@ -1021,7 +1086,8 @@ class Recognizer:
             return OnnxEngine(self.model, self.labels and read_labels(self.labels))
         if self._known and (engine := self._load_kept_graph(*self._known["identity"][:2])):
             return engine
-        name = self._known["identity"][0] if self._known else self.model or DEFAULT_MODEL
+        name = self.model or (self._known["identity"][0] if self._known else DEFAULT_MODEL)
+        load = load_learned_model if name.endswith(".safetensors") else load_hub_model
         again = f"请运行: python export.py -m {name}" + "(加上同样的 --repo、--weights、--labels)" * bool(
             self.repo or self.weights or self.labels
         )
@@ -1032,16 +1098,17 @@ class Recognizer:
             # CUDA wakes while the weights are read; if it cannot, that comes up again when it is used.
             ThreadPoolExecutor(1).submit(torch.zeros, 1, device=self.device.replace("auto", "cuda"))
         try:
-            model = load_hub_model(name, self.repo, self.trust_repo, self.weights, self.labels, self.offline)
+            model = load(name, self.repo, self.trust_repo, self.weights, self.labels, self.offline)
         except (FileNotFoundError, ConnectionError) as error:
             if self.model or self.repo or self.weights:
                 raise ModelError(one_line(error)) from error
             return self._load_fallback(error)
         engine = TorchEngine(model, self.device, self.dtype)
         if model.files:
-            self._remember(model.files, (name, engine.version, engine.spec.num_classes))
-        if self._fits_onnx and model.own and list(cache_folder().glob(f"graph-{name}-*")) and self.engine == "auto":
-            if engine.device.type == "cpu" and not recall(kept_graph(name, engine.version).parent.name):
+            self._remember(model.files, (engine.spec.name, engine.version, engine.spec.num_classes))
+        graphs = cache_folder().glob(f"graph-{glob.escape(engine.spec.name)}-*")
+        if self._fits_onnx and model.own and list(graphs) and self.engine == "auto":
+            if engine.device.type == "cpu" and not recall(kept_graph(engine.spec.name, engine.version).parent.name):
                 log.info("导出为 ONNX 之后,权重、标签或程序变了,这次用 torch。%s", again)
         return engine
 
@@ -1074,7 +1141,8 @@ class Recognizer:
 
     def _key(self) -> str:
         """What was asked for, in so far as it decides the version beside the content of files."""
-        paths = [path and os.path.abspath(path) for path in (self.repo, self.weights, self.labels)]
+        learned = self.model if str(self.model).endswith(".safetensors") else None
+        paths = [path and os.path.abspath(path) for path in (self.repo, self.weights, self.labels, learned)]
         places = [
             os.environ.get(variable) for variable in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE") if not self.weights
         ]
