@@ -122,7 +122,9 @@ def find_temperature(logits: numpy.ndarray, given: numpy.ndarray, smoothing: flo
     def loss(temperature: float) -> float:
         scaled = logits / temperature
         scaled -= scaled.max(1, keepdims=True)
-        target = (1 - smoothing) * scaled[numpy.arange(len(given)), given] + smoothing * scaled.mean(1)
+        target = (1 - smoothing) * scaled[numpy.arange(len(given)), given]
+        if smoothing:  # a category without photos has the logit -inf, which no factor takes back
+            target = target + smoothing * scaled.mean(1)
         return (numpy.log(numpy.exp(scaled).sum(1)) - target).mean()
 
     return min(numpy.geomspace(0.01, 1000, 120).tolist(), key=loss)
