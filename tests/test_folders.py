@@ -468,3 +468,90 @@ def test_each_process_uses_its_own_gpu(infer, photos, tmp_path):
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "0"}
     result = infer(*LITE, photos, "-o", tmp_path / "a.jsonl", env=env)
     assert result.returncode == 0 and "使用设备: cuda:0" in result.stderr
+
+
+# ---------------------------------------------------------------- two runs at once, and failures that are mended
+
+
+def test_two_runs_do_not_write_one_file(infer, tiny_graph, photos, tmp_path):
+    path = tmp_path / "out.csv"
+    command = [sys.executable, "infer.py", *tiny_graph, "-", "-o", str(path)]
+    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as first:
+        first.stdin.write(os.fsencode(find(photos)[0]) + b"\n")
+        first.stdin.flush()
+        while not path.exists() or not path.stat().st_size:
+            assert first.poll() is None
+            time.sleep(0.02)
+        for option in ("--resume", "--overwrite", "--retry-failed"):
+            second = infer(*tiny_graph, photos, "-o", path, option)
+            assert second.returncode == 2 and "另一个进程" in second.stderr and str(first.pid) in second.stderr
+        first.kill()
+        first.wait()
+    # The lock goes with its owner.
+    assert infer(*tiny_graph, photos, "-o", path, "--resume").returncode == 0
+    assert len(path.read_bytes().splitlines()) == 301
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_failures_are_done_again_in_their_places(night, tmp_path, suffix):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(5):
+        Image.new("RGB", (9, 9), (50 * number, 0, 0)).save(folder / f"{number}.png")
+    content = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(content[:40])  # half uploaded
+    path, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
+    assert night(path, inputs=[folder]).returncode == 1
+    (folder / "2.png").write_bytes(content)
+    (folder / "9.png").write_bytes(content)
+    assert night(path, "--resume", inputs=[folder]).returncode == 1  # it is not looked at again
+    assert night(path, "--retry-failed", inputs=[folder]).returncode == 0
+    assert night(whole, inputs=[folder]).returncode == 0
+    assert path.read_bytes() == whole.read_bytes()
+    assert night(path, "--resume", inputs=[folder]).returncode == 0
+
+
+def test_spellings_of_a_path_are_one_photo(infer, tiny_graph, photos, tmp_path, monkeypatch):
+    path = tmp_path / "out.csv"
+    name = photos.name
+    for spelling in (name, f"./{name}", str(photos), f"{name}/**"):
+        result = infer(*tiny_graph, spelling, "-o", path, "--resume", cwd=photos.parent)
+        assert result.returncode == 0 and len(path.read_bytes().splitlines()) == 301
+
+
+def test_names_that_a_table_escapes_alike_are_different_photos(night, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in ("a\n.png", r"a\n.png", "b\\.png", "\udcff.png", r"\udcff.png"):
+        Image.new("RGB", (8, 8)).save(os.fsencode(f"{folder}/{name}"), format="PNG")
+    path = tmp_path / "out.csv"
+    for _ in range(2):
+        result = night(path, "--resume", inputs=[folder])
+        assert result.returncode == 0 and len(path.read_bytes().splitlines()) == 6
+
+
+def test_shares_with_failures_and_of_other_numbers_of_processes(infer, tiny_graph, photos, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"x")
+    arguments = (photos, broken, *tiny_graph, "-d", "cpu", "-o", tmp_path / "out.jsonl", "--resume")
+    for world_size in (2, 3):  # of which the second adds nothing
+        for rank in range(world_size):
+            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            result = infer(*arguments, env=env)
+            assert result.returncode == 0, result.stderr  # or torchrun would end the others
+    paths = [record["path"] for share in tmp_path.glob("out.rank*.jsonl") for record in records(share)]
+    assert sorted(paths) == sorted([*find(photos), str(broken)])
+    env = {"RANK": "0", "WORLD_SIZE": "1"}
+    result = infer(*arguments[:-1], "--overwrite", env=env | {"WORLD_SIZE": "2"})
+    assert result.returncode == 0 and not (tmp_path / "out.rank2.jsonl").exists()
+
+
+def test_heic_photos_are_counted_and_told_how_to_read(infer_here, tiny_graph, tmp_path, monkeypatch):
+    monkeypatch.setattr(infer_module, "_register_heif", lambda: False)
+    heic = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(50)
+    for name in ("1.heic", "2.HEIC", "3.jpg"):
+        (tmp_path / name).write_bytes(heic)
+    result = infer_here(*tiny_graph, tmp_path, "-f", "jsonl")
+    assert result.returncode == 1 and result.stderr.count("pip install pillow-heif") == 2
+    assert "跳过了 2 个 .heic 文件" in result.stderr and "pillow-heif" in json.loads(result.stdout)["error"]
