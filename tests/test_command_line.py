@@ -487,3 +487,42 @@ def test_python_errors_are_model_errors():
     with pytest.raises(infer_module.ModelError, match="离线"):
         infer_module.Recognizer("wwts_cn_base")(CAT)
     assert re.fullmatch(r"\d+\.\d+\.\d+", infer_module.__version__)
+
+
+# ---------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize("script", ["infer", "export", "check", "bench", "learn", "report"])
+def test_help_fits_eighty_columns(infer_here, script, capsys):
+    import importlib
+    import unicodedata
+
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main(["--help"])
+    text = capsys.readouterr().out
+    widths = [sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in line) for line in text.splitlines()]
+    assert ended.value.code == 0 and max(widths) <= 80 and text.startswith(("用", "把", "检查", "测速", "看"))
+
+
+def test_time_before_each_line_if_asked_for(infer_here, tiny_graph):
+    result = infer_here(*tiny_graph, CAT, "--log-time")
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[INFO\] ", line) for line in result.stderr.splitlines())
+
+
+def test_a_name_with_spaces_that_was_not_quoted(infer_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CAT, "my photo.jpg")
+    result = infer_here("my", "photo.jpg")
+    assert result.returncode == 2 and "加引号" in result.stderr
+
+
+def test_a_missing_tqdm_costs_the_bar_alone(infer, tiny_graph, photos, tmp_path):
+    (tmp_path / "tqdm.py").write_text("raise ImportError('gone')")
+    result = infer(*tiny_graph, photos, "-o", tmp_path / "a.csv", env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+
+
+def test_the_password_of_a_cache_is_not_shown(infer_here, tiny_graph):
+    pytest.importorskip("redis")
+    result = infer_here(*tiny_graph, CAT, "--cache", "redis://user:secret@127.0.0.1:1/0")
+    assert result.returncode == 0 and "secret" not in result.stderr and result.stderr.count("[WARN]") == 1

@@ -204,3 +204,39 @@ def test_a_decompression_bomb_is_refused_and_a_large_photo_is_not(tmp_path, monk
     path = saved(tmp_path, Image.new("RGB", (150, 100)), "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10000)  # once, not twice beyond: Pillow only warns
     assert read_image(path).size == (150, 100)
+
+
+def test_odd_tags_do_not_cost_a_photo(tmp_path):
+    # Orientation 6, and XResolution, which is a number, as text.
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    path = saved(tmp_path, Image.open(SAMPLES[0]).resize((64, 40)), "odd.jpg", exif=exif)
+    with Image.open(path) as image, pytest.raises(TypeError):
+        ImageOps.exif_transpose(image)  # or it would show nothing
+    assert read_image(path).size == (40, 64)
+
+
+def test_a_lifted_pixel_limit_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    image = read_image(SAMPLES[0])
+    assert infer.preprocess(image, LITE).shape == (260, 260, 3)
+
+
+@pytest.mark.parametrize("odd", [1.2, 50.0, np.nan, np.inf, -np.inf])
+def test_one_broken_pixel_does_not_blacken_an_image(odd):
+    values = np.random.default_rng(0).random((64, 64), np.float32)
+    wanted = np.asarray(infer.to_rgb(Image.fromarray(values))).mean()
+    values[5, 5] = odd
+    assert np.asarray(infer.to_rgb(Image.fromarray(values))).mean() == pytest.approx(wanted, abs=1)
+
+
+def test_thirty_two_bits_are_scaled_to_their_own_range():
+    ramp = np.linspace(-(2**31), 2**31 - 128, 256).astype(np.int32)[None].repeat(4, 0)
+    row = np.asarray(infer.to_rgb(Image.fromarray(ramp)))[0, :, 0].astype(int)
+    assert row[0] == 0 and row[-1] == 255 and (np.diff(row) >= 0).all() and np.diff(row).max() <= 2
+
+
+def test_what_follows_a_progressive_jpeg_is_not_its_scans(tmp_path):
+    path = saved(tmp_path, Image.open(SAMPLES[0]), "motion.jpg", progressive=True)
+    path.write_bytes(path.read_bytes() + b"\xff\xda" * 500)
+    assert read_image(path).size == Image.open(SAMPLES[0]).size
