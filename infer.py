@@ -527,7 +527,7 @@ class HubModel(NamedTuple):
     weights: str
     files: dict[str, Any] | None
     own: bool
-    parameters: str
+    parameters: str = ""
 
 
 def import_torch() -> Any:
@@ -569,14 +569,15 @@ def load_hub_model(
     states = {os.path.abspath(path): file_state(path) for path in (hubconf, labels) if path}
     replacement = None if labels is None else read_labels(labels)
 
-    def imported() -> list[tuple[Path, str]]:
+    def imported(folders: Iterable[Path]) -> list[tuple[str, str]]:
         modules = [(getattr(module, "__file__", None), key) for key, module in list(sys.modules.items())]
-        return sorted((Path(file), key) for file, key in modules if isinstance(file, str))
+        starts = tuple(os.path.join(folder, "") for folder in folders)
+        return sorted((file, key) for file, key in modules if isinstance(file, str) and file.startswith(starts))
 
     with _loading:
-        for file, module_name in imported():  # "utils" of another repository, or of this one before it was edited
-            if any(file.is_relative_to(repository) for repository in _repositories):
-                del sys.modules[module_name]
+        for _, module_name in imported(_repositories):  # "utils" of another, or of this one before it was edited
+            del sys.modules[module_name]
+        _repositories.clear()
         code, search_path = hashlib.sha256(hubconf.read_bytes()), sys.path[:]
         sys.path.insert(0, str(folder))
         # Python takes compiled code for current by size and time alone; the version is that of the source.
@@ -598,8 +599,8 @@ def load_hub_model(
                     with torch.inference_mode():
                         logits = module.eval().float()(torch.zeros(1, 3, given["crop"], given["crop"]))
                     given.setdefault("num_classes", _check_logits(logits, 1, given.get("num_classes")).shape[1])
-                    for file, _ in imported():
-                        if file.is_relative_to(folder) and "site-packages" not in file.parts and file.is_file():
+                    for file in (Path(file) for file, _ in imported([folder])):
+                        if "site-packages" not in file.parts and file.is_file():
                             code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
                     digests = hashlib.sha256()
                     plain = (item for part in module.modules() for item in vars(part).items())  # neither of the two
