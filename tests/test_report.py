@@ -86,33 +86,35 @@ class Page:
     def __init__(self, browser):
         self.browser = browser
 
+    def drawn(self, expression="null"):
+        """The value of an expression after the page has drawn what it was going to draw."""
+        return self.browser.execute_async_script(f"""
+            const done = arguments[0];
+            requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => done({expression}))));
+        """)
+
     def find(self, selector):
         return self.browser.find_element("css selector", selector)
 
     def all(self, selector):
+        self.drawn()  # or what is found may be replaced before it is looked at
         return self.browser.find_elements("css selector", selector)
 
     def texts(self, selector):
-        """The texts that are shown, read in one step after the page has drawn what it was going to draw."""
-        script = """
-            const done = arguments[1], texts = () => [...document.querySelectorAll(arguments[0])].map(e => e.innerText);
-            requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => done(texts()))));
-        """
-        return [text.strip() for text in self.browser.execute_async_script(script, selector)]
+        """The texts that are shown, read in one step."""
+        texts = self.drawn(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.innerText)")
+        return [text.strip() for text in texts]
 
     def text(self, selector):
         return self.texts(selector)[0]
 
     def labels(self):
         """The labels of the photos in view, in their order on the page."""
-        script = """
-            const done = arguments[0];
-            requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => done(
-                [...document.querySelectorAll("#photos li")]
-                    .sort((a, b) => a.getAttribute("aria-posinset") - b.getAttribute("aria-posinset"))
-                    .map(card => card.querySelector(".first").innerText.trim())))));
-        """
-        return self.browser.execute_async_script(script)
+        return self.drawn("""
+            [...document.querySelectorAll("#photos li")]
+                .sort((a, b) => a.getAttribute("aria-posinset") - b.getAttribute("aria-posinset"))
+                .map(card => card.querySelector(".first").innerText.trim())
+        """)
 
     def press(self, *keys):
         """Press keys one after the other, wherever the keyboard is."""
