@@ -224,7 +224,7 @@ def test_no_image_name_steers_the_terminal(fast, tmp_path):
     shutil.copy(CAT, good)
     bad.write_bytes(b"bad")
     result = fast(good, bad, tmp_path / f"no{STEERING}*.jpg")
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 4  # loaded, one failure, no glob, the summary
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 5  # loaded, one failure, no glob, the summary of two lines
     assert (result.stdout + result.stderr).replace("\n", "").isprintable()
 
 
@@ -799,8 +799,8 @@ def test_two_graphs_do_not_answer_for_each_other(infer_here, tmp_path):
 
 
 # Records with no file that could have changed, so that nothing but what they say is against them.
-FORGED = [b'{"files": {}}', b'{"files": {}, "identity": 5, "warning": null}']
-FORGED += [b'{"files": {}, "identity": ["wwts_cn_lite"], "warning": null}', b'{"files": [], "identity": {}}']
+FORGED = [b'{"files": {}}', b'{"files": {}, "versions": 5, "warning": null}', b'{"files": [], "versions": {}}']
+FORGED += [b'{"files": {}, "name": "wwts_cn_lite", "num_classes": 1000, "versions": ["00000000"], "warning": null}']
 
 
 @pytest.mark.parametrize(
