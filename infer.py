@@ -1925,13 +1925,13 @@ def recognise(
         nothing = counts["done"] == 0 and isinstance(sys.exc_info()[1], ModelError)
         if (counts["found"] > 1 or output) and not nothing:
             log.info(
-                "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张(失败 %d 张),%.1f 张/秒",
+                "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张(失败 %d 张),%.1f 张/秒"
+                "(解码 %.1f 秒,缩放 %.1f 秒,网络 %.1f 秒,写入 %.1f 秒)",
                 "中断" if sys.exc_info()[0] else "完成",
                 *(counts["done"], counts["failed"], counts["cached"], done_before, failed_before),
                 counts["done"] / max(time.monotonic() - start - recognizer.loading_seconds, 1e-3),
+                *(recognizer.seconds[part] for part in ("decode", "resize", "network", "write")),
             )
-            seconds = (recognizer.seconds[part] for part in ("decode", "resize", "network", "write"))
-            log.info("用时: 解码 %.1f 秒、缩放 %.1f 秒(各线程相加),网络 %.1f 秒,写入 %.1f 秒", *seconds)
     if world_size > 1:  # torchrun ends all processes when one of them fails
         if counts["failed"] or failed_before:
             log.warning("第 %d 份有 %d 张失败", rank, counts["failed"] + failed_before)
