@@ -33,20 +33,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import infer
+from infer import ModelError, OnnxEngine, Recognizer, TorchEngine, UsageError
+
 from export import find_photos, read_pixels
-from infer import (
-    ModelError,
-    OnnxEngine,
-    Parser,
-    Recognizer,
-    TorchEngine,
-    UsageError,
-    add_model_options,
-    build_recognizer,
-    import_torch,
-    progress_bar,
-    run_command,
-)
 
 INFER = Path(__file__).resolve().with_name("infer.py")
 
@@ -112,7 +102,7 @@ def measure(recognizer: Recognizer, photos: list[str], price: float | None) -> I
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         yield "内存峰值", peak, "MiB"
     if on_cuda:
-        yield "显存峰值", import_torch().cuda.max_memory_allocated() / 2**20, "MiB"
+        yield "显存峰值", infer.import_torch().cuda.max_memory_allocated() / 2**20, "MiB"
     if price is not None:
         yield "每千张费用", price / 3600 / end_to_end * 1000, "元"
 
@@ -123,9 +113,9 @@ def run(arguments: argparse.Namespace) -> int:
     if price is not None and not (math.isfinite(price) and price >= 0):
         raise UsageError(f"--price-per-hour 应为不小于 0 的数,而不是 {price}")
     photos = find_photos(arguments.photos, 1000)
-    recognizer = build_recognizer(arguments)
+    recognizer = infer.build_recognizer(arguments)
     engine = recognizer.load()
-    with progress_bar(None, "项") as bar:
+    with infer.progress_bar(None, "项") as bar:
         rows = []
         for row in measure(recognizer, photos, price):
             rows.append(row)
@@ -144,12 +134,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = Parser("bench.py", __doc__)
-    add_model_options(parser, leave_out=("draft",))
+    parser = infer.Parser("bench.py", __doc__)
+    infer.add_model_options(parser, leave_out=("draft",))
     parser.add_argument("photos", nargs="*")
     parser.add_argument("--price-per-hour", type=float)
     parser.add_argument("-f", "--format", choices=["text", "jsonl"])
-    return run_command(run, parser, argv)
+    return infer.run_command(run, parser, argv)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy
-
 from infer import (
     ModelError,
     OnnxEngine,
@@ -58,6 +56,8 @@ from infer import (
     replacing,
     run_command,
 )
+
+import numpy
 
 __all__ = ["export_graph", "find_photos", "read_pixels", "write_graph"]
 

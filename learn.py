@@ -43,10 +43,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 import infer
 from infer import ModelError, Parser, TorchEngine, UsageError
+
+import numpy
+
 from learning.classifier import Photos, answer, assign_folds, cross_validate, find_suspects, fit_head, judge, root
 from learning.features import Features, load_model, open_backbone, run_torch
 from learning.training import train_network

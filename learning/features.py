@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import infer
+from infer import HubModel, ModelError, Spec, TorchEngine
+
 import numpy
 from PIL import Image, ImageOps
 
-import infer
 from export import write_graph
-from infer import HubModel, ModelError, Spec, TorchEngine
 
 log = logging.getLogger("wwts")
 WORTH_EXPORTING = 200  # photos, whose features regain the time that exporting the network takes

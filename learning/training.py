@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 import infer
 from infer import HubModel, ModelError, TorchEngine, UsageError
+
+import numpy
+
 from learning.classifier import Photos, answer, find_temperature, fit_head, judge
 from learning.features import Backbone, Features, run_torch
 

@@ -17,8 +17,9 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import learn
 from infer import Parser, add_model_options
+
+import learn
 from learning.classifier import Photos, answer, assign_folds, cross_validate, fit_head, judge, root
 from learning.features import Features, open_backbone
 
