@@ -78,7 +78,7 @@ def read_pixels(photos: list[str], spec: Spec) -> Iterator[numpy.ndarray]:
     for photo in photos:
         try:
             with open_image(photo) as file:
-                yield preprocess(decode_image(file), spec)
+                yield preprocess(decode_image(file, spec), spec)
         except Exception as error:  # a broken file can make a decoder raise anything
             raise UsageError(f"{photo}: {describe_image_error(error)}") from error
 
