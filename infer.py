@@ -195,8 +195,7 @@ class Result:
         record: dict[str, Any] = {"path": self.path, "model": self.model, "version": self.version}
         if self.error is not None:
             return record | {"error": self.error}
-        rows = [(p.label, round(p.confidence, 6), p.index) for p in self.predictions]
-        record["results"] = [dict(zip(("label", "confidence", "index"), row, strict=True)) for row in rows]
+        record["results"] = [vars(p) | {"confidence": round(p.confidence, 6)} for p in self.predictions]
         return record | {"cached": True} if self.cached else record
 
 
@@ -1494,6 +1493,20 @@ class Csv:
 FORMATS = {"text": Text, "jsonl": Jsonl, "csv": Csv}
 
 
+class StandardOutput:
+    """Standard output, where there is nothing to resume."""
+
+    path, size = None, 0
+    done = failed = frozenset()
+
+    def write(self, text: str, path: str) -> None:
+        """Print what is to be said of one image."""
+        print(text, end="", flush=True)
+
+    def close(self) -> None:
+        """Leave it open for whatever else there is to say."""
+
+
 class OutputFile:
     """A file of whole records, which one process at a time writes.
 
@@ -1582,9 +1595,9 @@ class OutputFile:
             )
         remember(self._settings, {}, **now)
 
-    def write(self, text: str, path: str | None = None) -> None:
+    def write(self, text: str, path: str) -> None:
         """Append one record, or keep it for ``close`` if it replaces a failure; on an OSError the file is as before."""
-        if path is not None and os.path.abspath(path) in self.failed:
+        if os.path.abspath(path) in self.failed:
             self._replacements[os.path.abspath(path)] = text
             return
         # A file name that is no text is written as JSON would escape it.
@@ -1794,70 +1807,34 @@ def build_parser() -> Parser:
     return parser
 
 
-def open_output(arguments: argparse.Namespace, rank: int, world_size: int) -> OutputFile | None:
-    """The file of -o, or this process' share of it, with what --resume finds in it. Raises UsageError."""
-    arguments.resume = arguments.resume or arguments.retry_failed
-    if arguments.output is None:
-        if arguments.resume or arguments.overwrite:
-            raise UsageError("--resume、--retry-failed 和 --overwrite 要与 -o 一起用")
-        return None
-    path = Path(arguments.output)
-    kind = path.suffix[1:].lower()
-    if kind not in ("jsonl", "csv"):
-        raise UsageError(f"-o 的文件名应以 .jsonl 或 .csv 结尾,格式由它决定,而不是 {path.name}")
-    if arguments.format:
-        raise UsageError("-o 的格式由文件名决定,不要再用 -f")
-    if arguments.resume and arguments.overwrite:
-        raise UsageError("--overwrite 不能与 --resume、--retry-failed 同用")
-    if not path.parent.is_dir():
-        raise UsageError(f"文件夹 {path.parent} 不存在")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} 不是普通文件")
-    arguments.format = kind
-    output = OutputFile(path, FORMATS[kind](arguments.topk))
-    if world_size > 1:
-        output.path = path.with_suffix(f".rank{rank}{path.suffix}")
-        for other in path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"):
-            number = other.name[len(path.stem) + 5 : -len(path.suffix)]
-            if arguments.resume and other != output.path:  # of another number of processes, or with photos of ours
-                share = OutputFile(other, output.form)
-                share.resume()
-                output.done, output.models = output.done | share.done, output.models | share.models
-            elif arguments.overwrite and rank == 0 and number.isdigit() and int(number) >= world_size:
-                other.unlink()
-    output.lock()
-    try:
-        if arguments.resume:
-            output.resume()
-        elif not arguments.overwrite and output.path.stat().st_size:
-            raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
-    except UsageError:
-        output.close()
-        raise
-    return output
+class Share(NamedTuple):
+    """The part of the images that this process does under torchrun; one process alone does all."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Share:
+        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; raises UsageError where they make no sense."""
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
+        values = [os.environ.get(key, "0") for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        if not all(re.fullmatch(r"-?\d+", value) for value in values):
+            raise UsageError(f"环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数,而不是 {'、'.join(values)}")
+        share = cls(*map(int, values))
+        if not 0 <= share.rank < share.world_size:
+            raise UsageError(f"环境变量 RANK={share.rank} 应不小于 0 并小于 WORLD_SIZE={share.world_size}")
+        return share
+
+    def has(self, path: str) -> bool:
+        """Whether an image is of this share: by its path, so that what arrives later moves no other image."""
+        return zlib.crc32(os.fsencode(os.path.normpath(path))) % self.world_size == self.rank
 
 
-def torchrun_share() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; one process alone is 0 of 1."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, 0
-    values = [os.environ.get(key, "0") for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    if not all(re.fullmatch(r"-?\d+", value) for value in values):
-        raise UsageError(f"环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数,而不是 {'、'.join(values)}")
-    rank, world_size, local_rank = map(int, values)
-    if not 0 <= rank < world_size:
-        raise UsageError(f"环境变量 RANK={rank} 应不小于 0 并小于 WORLD_SIZE={world_size}")
-    return rank, world_size, local_rank
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Recognise everything that was asked for; return the exit status."""
-    if arguments.version:
-        print(", ".join(f"{name} {version}" for name, version in package_versions().items()))
-        return 0
-
-    inputs = arguments.inputs
-    rank, world_size, local_rank = torchrun_share()
+def check_usage(arguments: argparse.Namespace, share: Share) -> None:
+    """Raise UsageError for what cannot be meant, before anything is opened or loaded."""
+    inputs, resume = arguments.inputs, arguments.resume or arguments.retry_failed
     if not inputs:
         raise UsageError("缺少参数: 图片。用法见: python infer.py --help")
     if any(re.match("https?://", name) for name in inputs):
@@ -1865,64 +1842,119 @@ def run(arguments: argparse.Namespace) -> int:
     if not any(name == "-" or os.path.lexists(name) or re.search("[*?]", name) for name in inputs):
         hint = "。名字里有空格的要加引号" if os.path.lexists(" ".join(inputs)) else ""
         raise UsageError(f"文件不存在: {'、'.join(inputs)}{hint}")
-    if world_size > 1 and "-" in inputs:
+    if share.world_size > 1 and "-" in inputs:
         raise UsageError("用 torchrun 时不能从标准输入读路径,请改用文件夹或通配符")
     if arguments.cache and os.path.splitext(arguments.cache)[1].lower() in Image.registered_extensions():
         raise UsageError(f"--cache 后面的 {arguments.cache} 会被当作缓存文件;请把 --cache 写在图片后面")
-    if arguments.expect and (arguments.resume or arguments.retry_failed):
+    if arguments.expect and resume:
         raise UsageError("--expect 不能与 --resume 同用: 已有记录的图片不会再看")
-    output = open_output(arguments, rank, world_size)
-    with contextlib.closing(output) if output else contextlib.nullcontext():
-        return recognise(arguments, output, rank, world_size, local_rank)
+    if arguments.output is None and (resume or arguments.overwrite):
+        raise UsageError("--resume、--retry-failed 和 --overwrite 要与 -o 一起用")
+    if arguments.output is not None:
+        path = Path(arguments.output)
+        if path.suffix.lower() not in (".jsonl", ".csv"):
+            raise UsageError(f"-o 的文件名应以 .jsonl 或 .csv 结尾,格式由它决定,而不是 {path.name}")
+        if arguments.format:
+            raise UsageError("-o 的格式由文件名决定,不要再用 -f")
+        if resume and arguments.overwrite:
+            raise UsageError("--overwrite 不能与 --resume、--retry-failed 同用")
+        if not path.parent.is_dir():
+            raise UsageError(f"文件夹 {path.parent} 不存在")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} 不是普通文件")
 
 
-def recognise(
-    arguments: argparse.Namespace, output: OutputFile | None, rank: int, world_size: int, local_rank: int
-) -> int:
-    """Recognise the images that have no record yet, or this process' share of them; return the exit status."""
-    inputs, expected, counts, start = arguments.inputs, set(arguments.expect or ()), Counter(), time.monotonic()
-    retry = output.failed if output and arguments.retry_failed else set()
+def open_output(arguments: argparse.Namespace, share: Share) -> OutputFile | StandardOutput:
+    """Where results go: standard output, or the file of -o, or a share's part of it, with what --resume finds there."""
+    if arguments.output is None:
+        return StandardOutput()
+    path, resume = Path(arguments.output), arguments.resume or arguments.retry_failed
+    arguments.format = path.suffix[1:].lower()
+    output = OutputFile(path, FORMATS[arguments.format](arguments.topk))
+    if share.world_size > 1:
+        output.path = path.with_suffix(f".rank{share.rank}{path.suffix}")
+        for other in path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"):
+            number = other.name[len(path.stem) + 5 : -len(path.suffix)]
+            if resume and other != output.path:  # of another number of processes, or with photos of ours
+                part = OutputFile(other, output.form)
+                part.resume()
+                output.done, output.models = output.done | part.done, output.models | part.models
+            elif arguments.overwrite and share.rank == 0 and number.isdigit() and int(number) >= share.world_size:
+                other.unlink()
+    output.lock()
+    try:
+        if resume:
+            output.resume()
+        elif not arguments.overwrite and output.path.stat().st_size:
+            raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
+    except UsageError:
+        output.close()
+        raise
+    arguments.hint = f"。已写的都完好,加上 --resume 再运行会接着写 {output.path}"
+    return output
 
-    def is_ours(path: str) -> bool:
-        # By the path, so that photos that arrive later move no other photo to another process.
-        return world_size == 1 or zlib.crc32(os.fsencode(os.path.normpath(path))) % world_size == rank
+
+def choose_recognizer(arguments: argparse.Namespace, share: Share) -> Recognizer:
+    """The Recognizer of the command line, on this share's own GPU; raises UsageError for labels that it lacks."""
+    graph = arguments.engine == "onnx" or str(arguments.model).endswith(".onnx")
+    on_gpu = arguments.device == "cuda" or arguments.device == "auto" and not graph and has_nvidia_gpu()
+    if share.world_size > 1 and on_gpu and (graph or import_torch().cuda.is_available()):
+        arguments.device = f"cuda:{share.local_rank}"
+    recognizer = build_recognizer(arguments)
+    labels = recognizer.load().spec.labels if arguments.expect else ()
+    if unknown := set(arguments.expect or ()) - set(labels):
+        near = [near for label in unknown for near in difflib.get_close_matches(label, labels)]
+        hint = f"。相近的有: {'、'.join(near)}" if near else ""
+        raise UsageError(f"{recognizer.identify().name} 没有这些标签: {'、'.join(sorted(unknown))}{hint}")
+    return recognizer
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Recognise everything that was asked for; return the exit status."""
+    if arguments.version:
+        print(", ".join(f"{name} {version}" for name, version in package_versions().items()))
+        return 0
+    share = Share.of_environment()
+    check_usage(arguments, share)
+    with contextlib.closing(open_output(arguments, share)) as output:
+        return recognise(arguments, share, output)
+
+
+def recognise(arguments: argparse.Namespace, share: Share, output: OutputFile | StandardOutput) -> int:
+    """Recognise the images of this share that have no record yet; return the exit status."""
+    inputs, counts, start = arguments.inputs, Counter(), time.monotonic()
+
+    # 1. Which images.
+    retry = output.failed if arguments.retry_failed else set()
+    done_before, failed_before = len(output.done - retry), len(output.failed - retry)
 
     def remaining() -> Iterator[str]:
         for path in find_images(inputs):
             counts["found"] += 1
             key = os.path.abspath(path)
-            if is_ours(path) and (output is None or key not in output.done or key in retry):
+            if share.has(path) and (key not in output.done or key in retry):
                 yield path
 
-    if output:
-        arguments.hint = f"。已写的都完好,加上 --resume 再运行会接着写 {output.path}"
-    todo = remaining()
-    first = next(todo, None)
+    images = remaining()
+    first = list(itertools.islice(images, 1))
     if not counts["found"]:
         raise UsageError("没有找到图片(按扩展名找 .jpg、.png、.webp 等)")
 
-    # Which model.
-    graph = arguments.engine == "onnx" or str(arguments.model).endswith(".onnx")
-    if world_size > 1 and arguments.device in ("auto", "cuda") and not graph and has_nvidia_gpu():
-        arguments.device = f"cuda:{local_rank}" if import_torch().cuda.is_available() else arguments.device
-    recognizer = build_recognizer(arguments)
-    if output is not None:
+    # 2. Which model.
+    recognizer = choose_recognizer(arguments, share)
+    if output.path:
         output.check(recognizer.identify(), arguments.topk, arguments.threshold)
-    if unknown := expected - set(recognizer.load().spec.labels if expected else ()):
-        near = [near for label in unknown for near in difflib.get_close_matches(label, recognizer.load().spec.labels)]
-        hint = f"。相近的有: {'、'.join(near)}" if near else ""
-        raise UsageError(f"{recognizer.identify().name} 没有这些标签: {'、'.join(sorted(unknown))}{hint}")
 
-    # Recognise and write.
+    # 3. How it is shown.
     single = len(inputs) == 1 and os.path.isfile(inputs[0])
     form = FORMATS[arguments.format or "text"](arguments.topk, named=not single)
-    write = output.write if output else lambda text, path=None: print(text, end="", flush=True)
-    head = "" if output and output.size else form.head
-    with_bar = not single and (output is not None or not sys.stdout.isatty()) and sys.stderr.isatty()
-    total = sum(map(is_ours, find_images(inputs, warn=False))) if with_bar and "-" not in inputs else None
-    done_before = len(output.done) - len(retry) if output else 0
+    head = "" if output.size else form.head
+    with_bar = not single and (output.path or not sys.stdout.isatty()) and sys.stderr.isatty()
+    total = sum(map(share.has, find_images(inputs, warn=False))) if with_bar and "-" not in inputs else None
+
+    # 4. Recognise and write.
     try:
-        results = recognizer.stream(itertools.chain([] if first is None else [first], todo))
+        results = recognizer.stream(itertools.chain(first, images))
         shown = progress_bar(total, "张", done_before) if with_bar else contextlib.nullcontext()
         with shown as bar, contextlib.closing(results):
             for result in results:
@@ -1931,25 +1963,23 @@ def recognise(
                 if isinstance(form, Text) and result.cached and not bar:
                     log.log(CACHE_HIT, "使用缓存结果")
                 writing = time.perf_counter()
-                write(head + form.format(result), result.path)
+                output.write(head + form.format(result), result.path)
                 recognizer.seconds["write"] += time.perf_counter() - writing
                 head = ""
                 counts.update(done=1, failed=result.error is not None, cached=result.cached)
                 if result.error is not None:
                     log.error("%s: %s", result.path, result.error)
-                if expected and not {prediction.label for prediction in result.predictions} & expected:
+                if arguments.expect and not {p.label for p in result.predictions} & set(arguments.expect):
                     counts["unexpected"] += 1
                     log.error("%s: 答案里没有 %s", result.path, " 或 ".join(arguments.expect))
                 if bar:
                     bar.set_postfix_str(f"失败 {counts['failed']}", refresh=False)
                     bar.update()
     finally:
-        # What was done, also where that was interrupted.
-        failed_before = len(output.failed - retry) if output else 0
-        if output:
-            output.close()
+        # 5. What was done, also where that was interrupted.
+        output.close()
         nothing = counts["done"] == 0 and isinstance(sys.exc_info()[1], ModelError)
-        if (counts["found"] > 1 or output) and not nothing:
+        if (counts["found"] > 1 or output.path) and not nothing:
             log.info(
                 "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张(失败 %d 张),%.1f 张/秒"
                 "(解码 %.1f 秒,缩放 %.1f 秒,网络 %.1f 秒,写入 %.1f 秒)",
@@ -1958,11 +1988,12 @@ def recognise(
                 counts["done"] / max(time.monotonic() - start - recognizer.loading_seconds, 1e-3),
                 *(recognizer.seconds[part] for part in ("decode", "resize", "network", "write")),
             )
-    if world_size > 1:  # torchrun ends all processes when one of them fails
-        if counts["failed"] or failed_before:
-            log.warning("第 %d 份有 %d 张失败", rank, counts["failed"] + failed_before)
+    failed = counts["failed"] + failed_before
+    if share.world_size > 1:  # torchrun ends all processes when one of them fails
+        if failed:
+            log.warning("第 %d 份有 %d 张失败", share.rank, failed)
         return 0
-    return 1 if counts["failed"] or counts["unexpected"] or failed_before else 0
+    return 1 if failed or counts["unexpected"] else 0
 
 
 def main(argv: list[str] | None = None) -> int:
