@@ -127,12 +127,13 @@ def run(arguments: argparse.Namespace) -> int:
     engine = recognizer.load()
     as_json = arguments.format == "jsonl"
     identity = {"model": engine.spec.name, "version": engine.version, "device": engine.device_name}
-    if not as_json:
-        print(f"{engine.spec.name}(版本 {engine.version}),{engine.device_name}")
+    title = "" if as_json else f"{engine.spec.name}(版本 {engine.version}),{engine.device_name}\n"
     for name, value, unit in measure(recognizer, photos, price):
         row = identity | {"measurement": name, "value": value, "unit": unit}
         width = 44 - sum(unicodedata.east_asian_width(c) in "WF" for c in name)
-        print(json.dumps(row, ensure_ascii=False) if as_json else f"{name:<{width}}{value:>12.4g} {unit}", flush=True)
+        text = json.dumps(row, ensure_ascii=False) if as_json else f"{name:<{width}}{value:>12.4g} {unit}"
+        print(f"{title}{text}", flush=True)
+        title = ""
     return 0
 
 
