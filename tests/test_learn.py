@@ -21,9 +21,8 @@ from conftest import ROOT, SAMPLES
 from PIL import Image
 
 import infer as infer_module
-from learning import classifier
+import learn as learn_module
 
-pytest.importorskip("scipy", reason="learning needs scipy")
 safetensors = pytest.importorskip("safetensors.numpy", reason="learning needs safetensors")
 
 GOODS = Path(os.environ.get("WWTS_GOODS", ROOT.parent / "shared" / "goods"))
@@ -155,8 +154,7 @@ def test_photos_become_a_model_that_infer_runs(learned):
 
 def test_scikit_learn_agrees_with_the_network(learned):
     discriminant_analysis = pytest.importorskip("sklearn.discriminant_analysis", reason="the oracle is scikit-learn")
-    from scipy.special import softmax
-
+    softmax = pytest.importorskip("scipy.special").softmax
     folder, output, *_ = learned
     model = infer_module.load_hub_model("wwts_cn_lite")
     engine = infer_module.TorchEngine(model, "cpu", "float32")
@@ -175,10 +173,9 @@ def test_scikit_learn_agrees_with_the_network(learned):
     theirs = discriminant_analysis.LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2)
     theirs.fit(np.sqrt(train).astype(float), given)
     labels = np.unique(given, return_inverse=True)[1]
-    none = np.zeros((0, train.shape[1]))
-    photos = classifier.Photos(labels, np.sqrt(train), np.full(len(labels), np.nan), np.zeros(0, int), none)
+    photos = make_photos(labels, np.sqrt(train))
     temperature = 17.0
-    head = classifier.fit_head(photos, np.arange(len(labels)), 4)
+    head = learn_module.fit_head(photos, np.arange(len(labels)), 4)
     weight, bias = ((part - part.mean(0)) / temperature for part in head)  # as learn.py does
     # The file with this head in place of what was learned.
     tensors = {"weight": np.float32(weight), "bias": np.float32(bias)}
@@ -188,6 +185,13 @@ def test_scikit_learn_agrees_with_the_network(learned):
     assert (confidences.argmax(1) == wanted.argmax(1)).all()
     assert [theirs.classes_[index] for index in confidences.argmax(1)] == theirs.predict(np.sqrt(test)).tolist()
     assert abs(confidences - wanted).max() < 1e-4
+
+
+def make_photos(labels, features):
+    """Photos without times or second looks."""
+    count, width = features.shape
+    nothing = np.zeros(0, int), np.zeros((0, width))
+    return learn_module.Photos([str(row) for row in range(count)], labels, features, np.full(count, np.nan), *nothing)
 
 
 def all_confidences(model, folder):
@@ -440,20 +444,19 @@ def test_photos_of_one_moment_stay_in_one_fold():
     random = np.random.default_rng(0)
     views = np.repeat(random.normal(size=(8, 50)), 3, axis=0)
     labels = np.repeat([0, 1], 12)
-    none, times = np.zeros((0, 50)), np.full(24, np.nan)
-    alike = classifier.Photos(labels, views + random.normal(0, 0.05, views.shape), times, np.zeros(0, int), none)
-    folds = classifier.assign_folds(alike, 2).reshape(8, 3)
+    alike = make_photos(labels, views + random.normal(0, 0.05, views.shape))
+    folds = learn_module.assign_folds(alike).reshape(8, 3)
     assert (folds == folds[:, :1]).all() and all(len(set(part[:, 0])) == 4 for part in (folds[:4], folds[4:]))
     # Nothing alike, but three photos each within a minute, in no order.
     index = np.arange(24) % 12
     times = index % 4 * 1000.0 + np.array([0, 30, 70])[index // 4]
     apart = alike._replace(features=random.normal(size=(24, 50)), times=times)
-    folds = classifier.assign_folds(apart, 2)
+    folds = learn_module.assign_folds(apart)
     for label, moment in itertools.product((0, 1), range(4)):
         assert len(set(folds[(labels == label) & (times // 1000 == moment)])) == 1
     # All of one view: each photo for itself, or nothing could be judged.
     same = alike._replace(features=np.ones((24, 50)))
-    assert np.bincount(classifier.assign_folds(same, 2)[:12]).max() <= 3
+    assert np.bincount(learn_module.assign_folds(same)[:12]).max() <= 3
 
 
 def test_calibration_finds_the_temperature_that_confidences_were_spoilt_with():
@@ -461,11 +464,11 @@ def test_calibration_finds_the_temperature_that_confidences_were_spoilt_with():
     logits = random.normal(0, 2, (4000, 5))
     confidences = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     given = np.array([random.choice(5, p=row) for row in confidences])
-    assert 6 < classifier.find_temperature(logits * 7, given) < 8.2
-    judged = classifier.judge(given, classifier.answer(logits, (np.eye(5), 0), 1.0, given), list("abcde"))
-    spoilt = classifier.judge(given, classifier.answer(logits * 7, (np.eye(5), 0), 1.0, given), list("abcde"))
+    assert 6 < learn_module.find_temperature(logits * 7, given) < 8.2
+    judged = learn_module.judge(given, learn_module.answer(logits, None, given), list("abcde"))
+    spoilt = learn_module.judge(given, learn_module.answer(logits * 7, None, given), list("abcde"))
     assert judged["calibration_error"] < 0.03 < 0.1 < spoilt["calibration_error"]
-    answers = classifier.answer(logits, (np.eye(5), 0), 1.0, given)
+    answers = learn_module.answer(logits, None, given)
     kept = answers[:, 1] >= judged["threshold"]
     assert (answers[kept, 0] == given[kept]).mean() >= 0.95 and abs(kept.mean() - judged["answered"]) < 1e-3
 
@@ -474,16 +477,14 @@ def test_calibration_finds_the_temperature_that_confidences_were_spoilt_with():
 
 
 def test_training_writes_a_whole_network_only_if_it_is_better(learn, goods, infer_here, monkeypatch):
-    from learning import training
-
-    monkeypatch.setattr(training, "BODY_RATE", 0.05)
+    monkeypatch.setattr(learn_module, "RATES", [0.05, 0.05])
     assert learn(goods, "--finetune", "2").returncode == 0
     assert not Path(f"{learn.output}.checkpoint").exists()
     before = safetensors.load_file(learn.output)
     assert set(before) in ({"weight", "bias"}, {"conv.weight", "conv.bias", "fc.weight", "fc.bias"})
     # From the first epoch on better than a head that never is right.
-    train = training.train_network
-    monkeypatch.setattr("learn.train_network", lambda *a: train(*a[:6], -1.0, a[7]))
+    train = learn_module.finetune
+    monkeypatch.setattr(learn_module, "finetune", lambda *a: train(*a[:5], -1.0, a[6]))
     result = learn(goods, "--finetune", "2")
     assert result.returncode == 0 and "没有参加训练的照片: " in result.stdout
     assert set(safetensors.load_file(learn.output)) == {"conv.weight", "conv.bias", "fc.weight", "fc.bias"}
@@ -514,12 +515,10 @@ def test_interrupted_training_keeps_the_best_and_goes_on(learn, goods, repositor
 
 
 def test_the_time_taken_is_read_from_photos(tmp_path):
-    from learning.features import time_taken
-
     image, exif = Image.new("RGB", (8, 8)), Image.Exif()
     exif.get_ifd(0x8769)[0x9003] = "2024:05:06 07:08:09"
     image.save(tmp_path / "a.jpg", exif=exif)
-    taken = time_taken((tmp_path / "a.jpg").read_bytes())
+    taken = learn_module.time_taken((tmp_path / "a.jpg").read_bytes())
     assert datetime.datetime.fromtimestamp(taken) == datetime.datetime(2024, 5, 6, 7, 8, 9)
     image.save(tmp_path / "b.jpg")
-    assert time_taken((tmp_path / "b.jpg").read_bytes()) is None
+    assert np.isnan(learn_module.time_taken((tmp_path / "b.jpg").read_bytes()))
