@@ -90,7 +90,7 @@ def read_table(path: str) -> dict[str, str]:
 
 def collect(inputs: list[str]) -> tuple[dict[str, str], set[str]]:
     """Path → label of what folders of categories and CSV files name; and the paths that a CSV file names."""
-    labels, corrections, loose = {}, {}, 0
+    labels, corrections = {}, {}
     for name in inputs:
         if os.path.isdir(name):
             folders = {entry.name for entry in os.scandir(name) if entry.is_dir() and entry.name[0] != "."}
@@ -98,42 +98,36 @@ def collect(inputs: list[str]) -> tuple[dict[str, str], set[str]]:
                 category = Path(path).relative_to(name).parts[0]
                 if category in folders:
                     labels[os.path.abspath(path)] = category
-                loose += category not in folders
+                else:
+                    log.warning("%s 不在任何一类的子文件夹里,没有使用", path)
             if empty := sorted(folders.difference(labels.values())):
                 log.warning("这些文件夹里没有照片,不成一类: %s", "、".join(empty))
         elif os.path.isfile(name):
             corrections |= read_table(name)
         else:
             raise infer.UsageError(f"{name} 应是文件夹(每个子文件夹一类)或 CSV 文件")
-    if loose:
-        log.warning("%d 张照片不在任何一类的子文件夹里,没有使用", loose)
     labels |= corrections
-    if odd := [label for label in set(labels.values()) if infer.printable(label) != label]:
-        raise infer.UsageError(f"类别名 {infer.printable(odd[0])} 含有控制字符或无法显示的字符,请改名")
     if not labels:
         raise infer.UsageError(f"{'、'.join(inputs)} 里没有找到照片。应是每类一个子文件夹,里面放照片")
+    if odd := [label for label in set(labels.values()) if infer.printable(label) != label]:
+        raise infer.UsageError(f"类别名 {infer.printable(odd[0])} 含有控制字符或无法显示的字符,请改名")
     return labels, set(corrections)
 
 
-def choose(
-    labels: dict[str, str], corrected: set[str], seen: dict[str, Look | str]
-) -> tuple[dict[str, Look], dict[str, str]]:
-    """The photos that can be learned from, each content once; and path → why not, of the rest."""
-    chosen, copies = {}, defaultdict(list)
-    left_out = {path: found for path, found in seen.items() if isinstance(found, str)}
-    for path in sorted(seen.keys() - left_out.keys()):
-        copies[seen[path].digest].append(path)
-    for paths in copies.values():
-        paths = [path for path in paths if path in corrected] or paths  # what a CSV file says holds for all copies
-        given = {labels[path]: path for path in paths}
-        if len(given) == 1:
-            chosen[paths[0]] = seen[paths[0]]
+def choose(labels: dict[str, str], corrected: set[str], seen: dict[str, Look | str]) -> dict[str, str]:
+    """Path → label of what can be learned from: each content once, as a CSV file says, or else all its copies."""
+    corrections = {seen[path].digest: labels[path] for path in corrected if isinstance(seen[path], Look)}
+    copies: dict[str, dict[str, str]] = defaultdict(dict)  # label → path by content
+    for path, look in sorted(seen.items()):
+        if isinstance(look, str):
+            log.warning("%s: %s,没有使用", path, look)
         else:
-            pairs = "、".join(f"{path}({label})" for label, path in given.items())
-            left_out |= dict.fromkeys(paths, f"同一张照片有几个标签: {pairs}")
-    for path, reason in left_out.items():
-        log.warning("%s: %s,没有使用", path, reason)
-    return chosen, left_out
+            copies[look.digest].setdefault(corrections.get(look.digest, labels[path]), path)
+    for given in copies.values():
+        if len(given) > 1:
+            pairs = (f"{path}({label})" for label, path in given.items())
+            log.warning("同一张照片有几个标签,没有使用: %s", "、".join(pairs))
+    return {path: label for given in copies.values() if len(given) == 1 for label, path in given.items()}
 
 
 # ---------------------------------------------------------------- what a network sees in photos
@@ -244,16 +238,16 @@ def look_at(
             try:
                 with infer.open_image(path) as file:
                     data = file.read()
-                digest, rows = hashlib.sha256(data).hexdigest(), []
-                for again in (False, True)[: 1 + (int(digest[:8], 16) < share * 2**32)]:
-                    key = f"{network.version}-{digest}-{again:d}"
-                    known = store and store.ask("SELECT row FROM rows WHERE key = ?", key)
-                    rows.append(known and numpy.frombuffer(known[0], numpy.float32))
-                    if not known:
-                        image = infer.decode_image(io.BytesIO(data))
-                        view = (ImageOps.mirror(image), nearer) if again else (image, network.spec)
-                        pixels.append(infer.preprocess(*view))
-                        missing.append((key, rows, again))
+                digest = hashlib.sha256(data).hexdigest()
+                looks = 2 if int(digest[:8], 16) < share * 2**32 else 1
+                keys = [f"{network.version}-{digest}-{look}" for look in range(looks)]
+                known = [store and store.ask("SELECT row FROM rows WHERE key = ?", key) for key in keys]
+                rows = [found and numpy.frombuffer(found[0], numpy.float32) for found in known]
+                image = None if all(known) else infer.decode_image(io.BytesIO(data))
+                for look in (look for look in range(looks) if not known[look]):
+                    view = (ImageOps.mirror(image), nearer) if look else (image, network.spec)
+                    pixels.append(infer.preprocess(*view))
+                    missing.append((rows, look, keys[look]))
                 seen[path] = Look(digest, time_taken(data), rows)
             except Exception as error:  # a broken file can make a decoder raise anything
                 seen[path] = infer.describe_image_error(error)
@@ -263,8 +257,8 @@ def look_at(
             raise infer.ModelError(f"网络运行出错: {infer.one_line(error)}。请试试 -b 1 或 -d cpu") from error
         if outputs.ndim != 2 or not numpy.isfinite(outputs).all():
             raise infer.ModelError("网络的特征不是每张照片一行有限的数;请换一个模型,或用 --dtype float32")
-        for (key, rows, again), row in zip(missing, outputs, strict=True):
-            rows[again] = row
+        for (rows, look, key), row in zip(missing, outputs, strict=True):
+            rows[look] = row
             if store:
                 store.ask("INSERT OR REPLACE INTO rows VALUES (?, ?)", key, row.tobytes())
         return seen
@@ -585,16 +579,17 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.source = (arguments.repo, arguments.trust_repo, arguments.weights, None, arguments.offline)
     network, store = open_backbone(arguments, len(labels)), Store(infer.cache_folder() / "features.sqlite")
     share = max(min(LEAST / len(labels), 1), min(SECOND_LOOKS, MOST / len(labels)))
-    learned, left_out = choose(labels, corrected, look_at(list(labels), network, share, store, arguments))
-    counts = Counter(labels[path] for path in learned)
+    seen = look_at(list(labels), network, share, store, arguments)
+    learned = choose(labels, corrected, seen)
+    counts = Counter(learned.values())
     names = sorted(counts)
     if len(names) < 2 or max(counts.values()) < 2:
         raise infer.UsageError(f"至少要有两类照片,其中有不止一张的,现在能用的只有: {dict(counts) or '无'}")
     if few := [name for name in names if counts[name] < 3]:
         log.warning("这些类别不到 3 张照片,学不好也验不准: %s", "、".join(few))
 
-    number, looks = {name: index for index, name in enumerate(names)}, list(learned.values())
-    given = numpy.array([number[labels[path]] for path in learned])
+    number, looks = {name: index for index, name in enumerate(names)}, [seen[path] for path in learned]
+    given = numpy.array([number[label] for label in learned.values()])
     features = root(numpy.stack([look.rows[0] for look in looks]))
     again = numpy.array([row for row, look in enumerate(looks) if len(look.rows) > 1])
     changes = root(numpy.stack([looks[row].rows[1] for row in again])) - features[again]
@@ -608,7 +603,7 @@ def run(arguments: argparse.Namespace) -> int:
     spec = dataclasses.replace(network.spec, name=output.stem, num_classes=len(names), labels=tuple(names))
     about = report | {"parameters": network.parameters, "spec": spec.record()}
     report["cross_validation"] = judge(given[known], answers[known], names)
-    report |= {"suspects": find_suspects(photos, answers, names), "left_out": left_out}
+    report["suspects"] = find_suspects(photos, answers, names)
 
     def write(tensors: dict[str, numpy.ndarray], result: dict[str, Any], whole: bool) -> None:
         from safetensors.numpy import save
