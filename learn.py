@@ -609,13 +609,13 @@ def run(arguments: argparse.Namespace) -> int:
         from safetensors.numpy import save
 
         text = json.dumps(about | {"accuracy": result["accuracy"], "whole": whole}, ensure_ascii=False)
-        tensors = {name: numpy.ascontiguousarray(values, numpy.float32) for name, values in tensors.items()}
+        tensors = {name: numpy.array(values, order="C") for name, values in tensors.items()}
         with infer.replacing(output) as target:
             target.write_bytes(save(tensors, {"wwts_learned": text}))
 
     if not arguments.resume:  # or else it may be the best network so far
         checkpoint.unlink(missing_ok=True)
-        write({"weight": head[0], "bias": head[1]}, report["cross_validation"], whole=False)
+        write({"weight": numpy.float32(head[0]), "bias": numpy.float32(head[1])}, report["cross_validation"], whole=False)
         log.info("已学好 %d 类、%d 张照片,存入 %s", len(names), len(given), output)
     if epochs:
         log.info("接着训练整个网络。随时可以中断: 存着的总是最好的一轮,加上 --resume 接着做")
