@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = Parser("bench.py", __doc__)
-    add_model_options(parser)
+    add_model_options(parser, leave_out=("draft",))
     parser.add_argument("photos", nargs="*")
     parser.add_argument("--price-per-hour", type=float)
     parser.add_argument("-f", "--format", choices=["text", "jsonl"])

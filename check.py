@@ -379,7 +379,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = Parser("check.py", __doc__)
-    add_model_options(parser, leave_out=("engine",))
+    add_model_options(parser, leave_out=("engine", "draft"))
     parser.add_argument("photos", nargs="*")
     parser.add_argument("-f", "--format", choices=["text", "jsonl"])
     return run_command(run, parser, argv)

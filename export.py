@@ -196,7 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = Parser("export.py", __doc__)
-    add_model_options(parser, leave_out=("device", "dtype", "engine", "batch-size", "workers"))
+    add_model_options(parser, leave_out=("device", "dtype", "engine", "batch-size", "workers", "draft"))
     parser.add_argument("file", nargs="?")
     parser.add_argument("--photos", action="append")
     return run_command(run, parser, argv)

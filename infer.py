@@ -24,6 +24,7 @@
                           [auto: 导出过并且没有 NVIDIA 显卡时用 onnx]
   -b, --batch-size N      每批最多几张 [CUDA 64,其余 8]
   -j, --workers N         解码线程数 [处理器核数,最多 16]
+  --draft                 大照片按缩小的尺寸解码,快几倍;置信度略有出入
 输出:
   -k, --topk N            每张图最多几个标签 [5]
   -t, --threshold P       最低置信度,0 到 1 [0]
@@ -129,6 +130,8 @@ CLASSIC_SPEC = dict(
 )
 # Far beyond what is meant so: bytes of a text file, a record or a path; bytes of an image file; scans of a JPEG.
 MOST_TEXT, MOST_IMAGE, MOST_SCANS = 2**26, 2**30, 100
+# Against full decoding, over 110 camera photos, the top-1 label was the same for 93.6, 98.2 and 99.1 % at 1, 2 and 3.
+DRAFT_MARGIN = 2
 # What cameras and phones write and Pillow by itself does not read; and what to do about it.
 UNREAD = dict.fromkeys((".heic", ".heif"), "要识别请运行: pip install pillow-heif")
 UNREAD |= dict.fromkeys(".jxl .avif .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split(), "要识别请先转成 .jpg")
@@ -208,7 +211,7 @@ class Spec:
     """How images are prepared for a model, and how its outputs are read.
 
     ``resize`` (shorter side) and ``crop`` are in pixels, ``mean`` and ``std`` refer to values of 0 to 1,
-    ``labels`` are in the order of the outputs.
+    ``draft`` allows JPEGs to be decoded at a reduced size, ``labels`` are in the order of the outputs.
     """
 
     name: str
@@ -218,6 +221,7 @@ class Spec:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    draft: bool
     labels: tuple[str, ...]
 
     @classmethod
@@ -237,6 +241,7 @@ class Spec:
             for field in dataclasses.fields(cls)
         }
         sizes, own = [v["num_classes"], v["crop"], v["resize"]], v["labels"]
+        v["draft"] = bool(v["draft"])
         right = are(sizes, 3, int) and sizes[0] > 0 and 0 < sizes[1] <= sizes[2] <= 4096
         right = right and are([v["name"], v["interpolation"]], 2, str) and v["interpolation"] in ("bilinear", "bicubic")
         right = right and are(v["mean"], 3, int, float) and are(v["std"], 3, int, float) and all(v["std"])
@@ -286,11 +291,14 @@ def open_image(path: str | os.PathLike) -> BinaryIO:
     return open(path, "rb")
 
 
-def decode_image(source: BinaryIO | Image.Image) -> Image.Image:
+def decode_image(source: BinaryIO | Image.Image, spec: Spec | None = None) -> Image.Image:
     """Decode an image file, or an opened ``PIL.Image``, into RGB: first frame, upright, transparency over white.
 
-    Raises whatever Pillow raises for a file that is broken, truncated, of an unknown format or beyond
-    its decompression-bomb limit.
+    If the spec allows drafts, a JPEG may come at 1/2, 1/4 or 1/8 of its size, its shorter side being at least
+    DRAFT_MARGIN times what it will be resized to: libjpeg then leaves out most of the work.
+
+    Raises whatever Pillow raises for a file that is broken, truncated, of an unknown format or beyond its
+    decompression-bomb limit.
     """
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
@@ -311,6 +319,8 @@ def decode_image(source: BinaryIO | Image.Image) -> Image.Image:
             position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
             if scans > MOST_SCANS:
                 raise ImageError(f"JPEG 超过 {MOST_SCANS} 次扫描")
+    if spec is not None and spec.draft and image is not source:
+        image.draft(image.mode, (DRAFT_MARGIN * spec.resize,) * 2)
     large = image.width * image.height > _pixel_limit() / 2
     with _one_large_image if large else contextlib.nullcontext():
         image.load()
@@ -477,7 +487,7 @@ def remember(key: str, states: Mapping[str, Any], **facts: Any) -> None:
     """Keep facts that hold as long as files are in the states that ``file_state`` gave before they were read."""
     try:
         with replacing(cache_folder() / f"{key}.json") as path:
-            path.write_text(json.dumps({"files": dict(states), **facts}), encoding="utf-8")
+            path.write_text(json.dumps({**facts, "files": dict(states)}), encoding="utf-8")
     except ModelError as error:  # which costs time at the next start, no more
         log.debug("%s", error)
 
@@ -777,9 +787,9 @@ class TorchEngine:
     def __init__(self, model: HubModel, device: str, dtype: str):
         self.spec, self.files, self.device = model.spec, model.files, choose_device(device)
         self.device_name = str(self.device)
-        precision = ("float16" if self.device.type == "cuda" else "float32") if dtype == "auto" else dtype
-        self.dtype = getattr(torch, precision)
-        self.version = compute_version(model.weights, model.spec, precision)
+        self.precision = ("float16" if self.device.type == "cuda" else "float32") if dtype == "auto" else dtype
+        self.dtype = getattr(torch, self.precision)
+        self.version = compute_version(model.weights, model.spec, self.precision)
         self._lock, self._own = threading.Lock(), model.own
         # Without statistics of its own a batch norm takes those of the batch: company would decide the answers.
         norms = [part for part in model.module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
@@ -837,7 +847,13 @@ class OnnxEngine:
 
     device_name = "cpu (ONNX Runtime)"
 
-    def __init__(self, path: str | os.PathLike, labels: list[str] | None = None, version: str | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        labels: list[str] | None = None,
+        version: str | None = None,
+        draft: bool = False,
+    ):
         if not os.path.isfile(path):
             raise ModelError(f"找不到 ONNX 文件 {path}")
         with explaining("onnxruntime 不能使用({}),请运行: pip install -U onnxruntime"):
@@ -853,7 +869,8 @@ class OnnxEngine:
         if text is None:
             raise ModelError(f"ONNX 文件 {path} 里没有预处理方法和标签,它不是 export.py 导出的")
         with explaining(f"ONNX 文件 {path} 的 spec 有误: {{}}"):
-            self.spec = Spec.parse(json.loads(text), f"ONNX 文件 {path}", labels)
+            spec = Spec.parse(json.loads(text), f"ONNX 文件 {path}", labels)
+            self.spec = dataclasses.replace(spec, draft=spec.draft or draft)
         crop, classes = self.spec.crop, self.spec.num_classes
         ports = [(port.type, port.shape[1:]) for port in (*self._session.get_inputs(), *self._session.get_outputs())]
         if ports != [("tensor(uint8)", [crop, crop, 3]), ("tensor(float)", [classes])]:
@@ -978,6 +995,7 @@ class _Prepared(NamedTuple):
     key: str | None = None
     cached: list | None = None
     error: str | None = None
+    seconds: tuple[float, float] = (0.0, 0.0)  # of decoding and of resizing
 
 
 @dataclasses.dataclass(eq=False)
@@ -1004,6 +1022,7 @@ class Recognizer:
     threshold: float = 0.0  # least confidence of a prediction, 0 to 1
     batch_size: int | None = None  # images per forward pass at most; None: 64 on CUDA, else 8
     workers: int | None = None  # decoding threads; None: one per core, 16 at most
+    draft: bool = False  # decode large JPEGs at a reduced size; see decode_image
     cache: str | os.PathLike | None = None  # file or redis:// URL that keeps results by content of image and model
 
     def __post_init__(self) -> None:
@@ -1031,6 +1050,7 @@ class Recognizer:
         self._identity: Identity | None = None
         self._failed: ModelError | None = None
         self.loading_seconds = 0.0
+        self.seconds: Counter = Counter()  # decode and resize: of all threads together; network
 
     def __reduce__(self) -> tuple:
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -1042,7 +1062,7 @@ class Recognizer:
         """Name, version and num_classes of the model: as remembered if no file changed, else by loading it."""
         with self._lock:
             if self._identity is None and (known := self._known):
-                self._identity = Identity(*known["identity"])
+                self._identity = Identity(known["name"], known["versions"][self.draft], known["num_classes"])
             elif self._identity is None:
                 self.load()
             return self._identity
@@ -1052,14 +1072,14 @@ class Recognizer:
         """What was remembered when the same was loaded before."""
         known = None if self.model_is_file else recall(self._key())
         try:
-            name, version, num_classes = known["identity"]
-            right = re.fullmatch("[0-9a-f]{8}", version) and type(name) is str and type(num_classes) is int
+            right = [re.fullmatch("[0-9a-f]{8}", version) is not None for version in known["versions"]] == [True, True]
+            right = right and type(known["name"]) is str and type(known["num_classes"]) is int
             warning = known["warning"]
         except (TypeError, LookupError, ValueError):  # nothing there, or not written by this program
             return None
         if warning:
             log.warning("%s", warning)
-        return known if right and num_classes > 0 else None
+        return known if right and known["num_classes"] > 0 else None
 
     def load(self) -> TorchEngine | OnnxEngine:
         """Load model and labels unless that is done, and return the engine. What failed once is not tried again."""
@@ -1084,10 +1104,10 @@ class Recognizer:
 
     def _load(self) -> TorchEngine | OnnxEngine:
         if self.model_is_file:
-            return OnnxEngine(self.model, self.labels and read_labels(self.labels))
-        if self._known and (engine := self._load_kept_graph(*self._known["identity"][:2])):
+            return OnnxEngine(self.model, self.labels and read_labels(self.labels), draft=self.draft)
+        if self._known and (engine := self._load_kept_graph(self._known)):
             return engine
-        name = self.model or (self._known["identity"][0] if self._known else DEFAULT_MODEL)
+        name = self.model or (self._known["name"] if self._known else DEFAULT_MODEL)
         load = load_learned_model if name.endswith(".safetensors") else load_hub_model
         again = f"请运行: python export.py -m {name}" + "(加上同样的 --repo、--weights、--labels)" * bool(
             self.repo or self.weights or self.labels
@@ -1104,26 +1124,27 @@ class Recognizer:
             if self.model or self.repo or self.weights:
                 raise ModelError(one_line(error)) from error
             return self._load_fallback(error)
-        engine = TorchEngine(model, self.device, self.dtype)
+        whole, draft = (dataclasses.replace(model.spec, draft=draft) for draft in (model.spec.draft, True))
+        engine = TorchEngine(model._replace(spec=draft if self.draft else whole), self.device, self.dtype)
         if model.files:
-            self._remember(model.files, (engine.spec.name, engine.version, engine.spec.num_classes))
-        graphs = cache_folder().glob(f"graph-{glob.escape(engine.spec.name)}-*")
-        if self._fits_onnx and model.own and list(graphs) and self.engine == "auto":
-            if engine.device.type == "cpu" and not recall(kept_graph(engine.spec.name, engine.version).parent.name):
+            versions = [compute_version(model.weights, spec, engine.precision) for spec in (whole, draft)]
+            facts = {"name": whole.name, "num_classes": whole.num_classes, "versions": versions, "warning": None}
+            remember(self._key(), model.files, **facts)
+        graph = kept_graph(whole.name, compute_version(model.weights, whole, "float32")).parent
+        outdated = graph.parent.glob(f"graph-{glob.escape(whole.name)}-*")
+        if self._fits_onnx and self.engine == "auto" and engine.device_name == "cpu" and model.own:
+            if any(outdated) and not recall(graph.name):
                 log.info("导出为 ONNX 之后,权重、标签或程序变了,这次用 torch。%s", again)
         return engine
 
-    def _remember(self, states: dict[str, Any], identity: Iterable, warning: str | None = None) -> None:
-        remember(self._key(), states, identity=list(identity), warning=warning)
-
-    def _load_kept_graph(self, name: str, version: str) -> OnnxEngine | None:
+    def _load_kept_graph(self, known: dict[str, Any]) -> OnnxEngine | None:
         """The engine of the graph that export.py made of this very version, where it is to be used."""
-        path = kept_graph(name, version)
+        path = kept_graph(known["name"], known["versions"][0])  # one graph, with drafts and without
         on_gpu = self.engine == self.device == "auto" and has_nvidia_gpu()
         if self.engine == "torch" or on_gpu or not self._fits_onnx or not recall(path.parent.name):
             return None
         try:
-            return OnnxEngine(path, version=version)
+            return OnnxEngine(path, version=known["versions"][self.draft], draft=self.draft)
         except ModelError as error:
             if self.engine == "onnx":
                 raise
@@ -1137,7 +1158,7 @@ class Recognizer:
         fallback = dataclasses.replace(self, model=FALLBACK_MODEL)
         engine = fallback._load()
         if self.offline and (known := recall(fallback._key())):
-            self._remember(known["files"] | dict.fromkeys(error.places), known["identity"], warning)
+            remember(self._key(), known["files"] | dict.fromkeys(error.places), **known | {"warning": warning})
         return engine
 
     def _key(self) -> str:
@@ -1229,18 +1250,26 @@ class Recognizer:
                     key = f"wwts:{key.hexdigest()}:{identity.version}"
                     if rows := self._cache.get(key, min(self.topk, identity.num_classes)):
                         return _Prepared(path, cached=rows)
-                decoded = decode_image(file)
-            return _Prepared(path, preprocess(decoded, self.load().spec), key)
+                spec, start = self.load().spec, time.thread_time()
+                decoded = decode_image(file, spec)
+            middle = time.thread_time()
+            pixels = preprocess(decoded, spec)
+            return _Prepared(path, pixels, key, seconds=(middle - start, time.thread_time() - middle))
         except ModelError:
             raise
         except Exception as error:  # a broken file can make a decoder raise anything: one record, no more
             return _Prepared(path, error=describe_image_error(error))
 
     def _answer(self, batch: list[_Prepared]) -> list[Result]:
-        answers = iter(self._classify([image.pixels for image in batch if image.pixels is not None]))
         name, version, _ = self.identify()
+        start = time.perf_counter()
+        answers = iter(self._classify([image.pixels for image in batch if image.pixels is not None]))
+        with self._lock:
+            self.seconds["network"] += time.perf_counter() - start
+            for image in batch:
+                self.seconds.update(decode=image.seconds[0], resize=image.seconds[1])
         results = []
-        for path, pixels, key, cached, error in batch:
+        for path, pixels, key, cached, error, _ in batch:
             rows = cached if pixels is None else next(answers)
             if rows and key:
                 self._cache.put(key, rows)
@@ -1613,7 +1642,7 @@ def add_model_options(parser: argparse.ArgumentParser, leave_out: Iterable[str] 
     options: dict[str, dict[str, Any]] = {name: {} for name in ("-m --model", "--repo", "--weights", "--labels")}
     options |= {name: {"default": "auto"} for name in ("-d --device", "--dtype", "--engine")}
     options |= {name: {"type": int} for name in ("-b --batch-size", "-j --workers")}
-    options |= {name: {"action": "store_true"} for name in ("--trust-repo", "--offline")}
+    options |= {name: {"action": "store_true"} for name in ("--trust-repo", "--offline", "--draft")}
     for names, settings in options.items():
         if names.split("--")[1] not in leave_out:
             parser.add_argument(*names.split(), **settings)
@@ -1875,7 +1904,9 @@ def recognise(
                     log.info("输入图像: %s", result.path)
                 if isinstance(form, Text) and result.cached and not bar:
                     log.log(CACHE_HIT, "使用缓存结果")
+                writing = time.perf_counter()
                 write(head + form.format(result), result.path)
+                recognizer.seconds["write"] += time.perf_counter() - writing
                 head = ""
                 counts.update(done=1, failed=result.error is not None, cached=result.cached)
                 if result.error is not None:
@@ -1894,10 +1925,12 @@ def recognise(
         nothing = counts["done"] == 0 and isinstance(sys.exc_info()[1], ModelError)
         if (counts["found"] > 1 or output) and not nothing:
             log.info(
-                "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张(失败 %d 张),%.1f 张/秒",
+                "%s: 识别 %d 张,失败 %d 张,缓存命中 %d 张,已有记录 %d 张(失败 %d 张),%.1f 张/秒"
+                "(解码 %.1f 秒,缩放 %.1f 秒,网络 %.1f 秒,写入 %.1f 秒)",
                 "中断" if sys.exc_info()[0] else "完成",
                 *(counts["done"], counts["failed"], counts["cached"], done_before, failed_before),
                 counts["done"] / max(time.monotonic() - start - recognizer.loading_seconds, 1e-3),
+                *(recognizer.seconds[part] for part in ("decode", "resize", "network", "write")),
             )
     if world_size > 1:  # torchrun ends all processes when one of them fails
         if counts["failed"] or failed_before:

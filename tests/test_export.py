@@ -67,6 +67,7 @@ def test_both_engines_agree(exported, infer_here, without_torch):
 def test_the_kept_graph_is_used_by_itself(exported, without_torch):
     """By name, and by the plain command once it has seen that base's weights are absent; torch is not imported."""
     assert "(ONNX Runtime)" in exported(CAT).stderr
+    assert "(ONNX Runtime)" in exported(CAT, "--draft").stderr
     for arguments, warnings in ((LITE, 0), ((), 1), ((*LITE, "--engine", "onnx"), 0)):
         result = exported(*arguments, CAT, "-f", "jsonl", env=without_torch)
         assert result.returncode == 0 and records(result)[0]["results"][0]["label"] == "埃及猫", result.stderr

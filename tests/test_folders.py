@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import random
+import re
 import resource
 import shutil
 import signal
@@ -140,6 +141,8 @@ def test_output_files(night, photos, tmp_path):
     result = night(jsonl)
     assert result.returncode == 0 and result.stdout == ""
     assert summary(result).startswith("[INFO] 完成: 识别 300 张,失败 0 张,缓存命中 0 张")
+    seconds = [float(text) for text in re.findall(r"(\d+\.\d) 秒", summary(result))]
+    assert len(seconds) == 4 and seconds[2] > 0  # decoding, resizing, network, writing
     assert [record["path"] for record in records(jsonl)] == find(photos)
     assert night(table).returncode == 0
     assert table.read_bytes().startswith(b"\xef\xbb\xbfpath,model,version,label_1")

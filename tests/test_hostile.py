@@ -799,8 +799,8 @@ def test_two_graphs_do_not_answer_for_each_other(infer_here, tmp_path):
 
 
 # Records with no file that could have changed, so that nothing but what they say is against them.
-FORGED = [b'{"files": {}}', b'{"files": {}, "identity": 5, "warning": null}']
-FORGED += [b'{"files": {}, "identity": ["wwts_cn_lite"], "warning": null}', b'{"files": [], "identity": {}}']
+FORGED = [b'{"files": {}}', b'{"files": {}, "versions": 5, "warning": null}', b'{"files": [], "versions": {}}']
+FORGED += [b'{"files": {}, "name": "wwts_cn_lite", "num_classes": 1000, "versions": ["00000000"], "warning": null}']
 
 
 @pytest.mark.parametrize(

@@ -376,6 +376,7 @@ def test_resume_refuses_what_would_mix_two_kinds(infer_here, fast_repository, hu
         (("-t", "0.01", "--labels", labels), "版本"),
         (("-t", "0.01", "--repo", edited), "版本"),
         (("-t", "0.01", "--dtype", "bfloat16"), "版本"),
+        (("-t", "0.01", "--draft"), "版本"),
         (("-t", "0.01", "-k", "3"), "-k 3"),
         (("-t", "0.01", "-k", "6"), "-k 6"),
         (("-t", "0.02"), "-t 0.02"),

@@ -80,6 +80,35 @@ def read_image(path):
         return infer.decode_image(file)
 
 
+@pytest.fixture(scope="module")
+def large_photo(tmp_path_factory):
+    """A JPEG of 12 megapixels, upright only by its EXIF tag."""
+    path = tmp_path_factory.mktemp("large") / "palace.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(SAMPLES[2]).resize((4032, 3024)).save(path, quality=90, exif=exif)
+    return path
+
+
+def test_drafts_leave_twice_what_is_resized_to_and_the_same_answer(large_photo):
+    draft = dataclasses.replace(LITE, draft=True)
+    with open(large_photo, "rb") as file:
+        small, full = infer.decode_image(file, draft), infer.decode_image(file, LITE)
+    assert full.size == (3024, 4032) and small.size == (756, 1008)  # a quarter: an eighth would leave less than 584
+    results = [infer.Recognizer("wwts_cn_lite", device="cpu", draft=draft)(large_photo) for draft in (False, True)]
+    first, second = (result.predictions[0] for result in results)
+    assert first.label == second.label and 0 < abs(first.confidence - second.confidence) < 0.1
+    assert results[0].version != results[1].version
+
+
+def test_drafts_leave_small_photos_and_opened_images_alone(large_photo):
+    draft = dataclasses.replace(LITE, draft=True)
+    with open(SAMPLES[2], "rb") as file:
+        assert infer.decode_image(file, draft).tobytes() == read_image(SAMPLES[2]).tobytes()
+    with Image.open(large_photo) as image:
+        assert infer.decode_image(image, draft).size == (3024, 4032)
+
+
 def saved(tmp_path, image, name, **options):
     path = tmp_path / name
     image.save(path, **options)
