@@ -31,9 +31,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy
 
@@ -60,7 +59,7 @@ from infer import (
     run_command,
 )
 
-__all__ = ["export_graph", "find_photos", "keep_graph", "read_pixels", "write_graph"]
+__all__ = ["export_graph", "find_photos", "read_pixels", "write_graph"]
 
 log = logging.getLogger("wwts")
 HERE = Path(__file__).resolve().parent
@@ -134,15 +133,6 @@ def write_graph(engine: TorchEngine, path: Path, separate_weights: bool = False,
     program.save(path, external_data=separate_weights)
 
 
-def keep_graph(path: Path, write: Callable[[Path], Any], **facts: Any) -> Any:
-    """Let a function write a graph at a path whose folder ``recall`` then vouches for, with the facts."""
-    with replacing(path.parent) as target:
-        target.mkdir()
-        result = write(target / path.name)
-    remember(path.parent.name, {str(part): file_state(part) for part in path.parent.iterdir()}, **facts)
-    return result
-
-
 def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_weights: bool = False) -> float:
     """As write_graph, then check the graph against the engine on the photos; return the largest difference.
 
@@ -184,11 +174,14 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.file and not engine.files:
         raise UsageError("这个模型的文件在哪里无法得知,权重变了也看不出;请写明导出的文件名,再用 -m 指定它")
     log.info("正在导出 %s,需要十几秒到一分钟", path)
-    if arguments.file:
-        with replacing(path) as target:
+    with replacing(path if arguments.file else path.parent) as target:
+        if arguments.file:
             difference = export_graph(engine, target, photos)
-    else:
-        difference = keep_graph(path, lambda target: export_graph(engine, target, photos, separate_weights=True))
+        else:
+            target.mkdir()
+            difference = export_graph(engine, target / path.name, photos, separate_weights=True)
+    if not arguments.file:
+        remember(path.parent.name, {str(part): file_state(part) for part in path.parent.iterdir()})
     log.info("已导出 %s,在 %d 张照片上与 torch 的置信度最多相差 %.1g", path, len(photos), difference)
     return 0
 

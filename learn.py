@@ -39,7 +39,7 @@ import sqlite3
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,23 +175,28 @@ def open_backbone(arguments: argparse.Namespace, photos: int) -> Network:
     if known is None:
         model, torch = infer.load_hub_model(name, *arguments.source), infer.import_torch()
         model.module.set_submodule(infer.find_classifier(model), torch.nn.Identity())
+        model = model._replace(spec=dataclasses.replace(model.spec, draft=recognizer.draft or model.spec.draft))
         engine = infer.TorchEngine(model, recognizer.device, recognizer.dtype)
         onnx = onnx and importlib.util.find_spec("onnxscript") and model.files and engine.dtype == torch.float32
         if not onnx or photos < WORTH_EXPORTING and recognizer.engine != "onnx":
             return Network(model.spec, version, model.parameters, run_torch(engine))
         log.info("正在导出网络,需要十几秒到一分钟,以后不再需要")
         known = {"parameters": model.parameters, "spec": model.spec.record()}
-        export.keep_graph(path, lambda path: export.write_graph(engine, path, True, softmax=False), **known)
+        with infer.replacing(path.parent) as folder:
+            folder.mkdir()
+            export.write_graph(engine, folder / path.name, separate_weights=True, softmax=False)
+        infer.remember(path.parent.name, {str(part): infer.file_state(part) for part in path.parent.iterdir()}, **known)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    # Each photo in a thread of its own: threads that share one wait for each other.
+    # Each batch in a thread of its own: threads that share one wait for each other.
     options.intra_op_num_threads = max((os.cpu_count() or 1) // recognizer.workers, 1)
     session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-    spec = infer.Spec.parse(known["spec"], name)
-    return Network(
-        spec, version, known["parameters"], lambda batch: session.run(None, {"pixels": numpy.stack(batch)})[0]
-    )
+
+    def run(batch: list[numpy.ndarray]) -> numpy.ndarray:
+        return session.run(None, {"pixels": numpy.stack(batch)})[0]
+
+    return Network(infer.Spec.parse(known["spec"], name), version, known["parameters"], run)
 
 
 class Store:
@@ -227,12 +232,12 @@ def time_taken(data: bytes) -> float:
 
 
 def look_at(
-    paths: list[str], network: Network, share: float, store: Store | None, arguments: argparse.Namespace
+    paths: list[str], network: Network, arguments: argparse.Namespace, store: Store | None, share: float = 0
 ) -> dict[str, Look | str]:
     """Path → what the network sees, with a second look for this share of the photos; or why it cannot be read."""
     nearer = dataclasses.replace(network.spec, resize=round(NEARER * network.spec.resize))
 
-    def look(batch: list[str]) -> dict[str, Look | str]:
+    def examine(batch: list[str]) -> dict[str, Look | str]:
         seen, missing, pixels = {}, [], []
         for path in batch:
             try:
@@ -243,7 +248,7 @@ def look_at(
                 keys = [f"{network.version}-{digest}-{look}" for look in range(looks)]
                 known = [store and store.ask("SELECT row FROM rows WHERE key = ?", key) for key in keys]
                 rows = [found and numpy.frombuffer(found[0], numpy.float32) for found in known]
-                image = None if all(known) else infer.decode_image(io.BytesIO(data))
+                image = None if all(known) else infer.decode_image(io.BytesIO(data), network.spec)
                 for look in (look for look in range(looks) if not known[look]):
                     view = (ImageOps.mirror(image), nearer) if look else (image, network.spec)
                     pixels.append(infer.preprocess(*view))
@@ -266,7 +271,7 @@ def look_at(
     seen, size = {}, arguments.batch_size or 8
     batches = [paths[start : start + size] for start in range(0, len(paths), size)]
     with infer.progress_bar(len(paths), "张") as bar, ThreadPoolExecutor(arguments.workers) as pool:
-        for found in pool.map(look, batches):
+        for found in pool.map(examine, batches):
             seen |= found
             bar.update(len(found))
     return seen
@@ -276,9 +281,10 @@ def look_at(
 
 
 class Photos(NamedTuple):
-    """What is learned from: paths, labels by number, rooted features (N×width), times taken; and of the photos whose
-    numbers ``again`` has, by how much the second look changed rooted features (M×width)."""
+    """What is learned from: names of the categories; paths, labels by number, rooted features (N×width), times taken;
+    and of the photos whose numbers ``again`` has, by how much a second look changed rooted features (M×width)."""
 
+    names: list[str]
     paths: list[str]
     labels: numpy.ndarray
     features: numpy.ndarray
@@ -292,26 +298,33 @@ def root(features: numpy.ndarray) -> numpy.ndarray:
     return numpy.sign(features) * numpy.sqrt(numpy.abs(features))
 
 
-def fit_head(photos: Photos, rows: numpy.ndarray, classes: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+def fit_head(photos: Photos, rows: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Weight (classes×width) and bias of linear discriminant analysis, learned from some of the photos.
 
-    It is scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE), in a hundredth of the time
-    for many classes; but the covariance of what a second look changes is added to that within the classes.
+    It is scikit-learn's LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE), in a hundredth of its time;
+    but the covariance of what a second look changes is added to that within the classes.
     """
-    labels, width = photos.labels[rows], photos.features.shape[1]
-    counts = numpy.bincount(labels, minlength=classes)
-    means, covariance = numpy.zeros((classes, width)), numpy.zeros((width, width))
+    labels, classes, width = photos.labels[rows], len(photos.names), photos.features.shape[1]
+    counts, means = numpy.bincount(labels, minlength=classes), numpy.zeros((classes, width))
     numpy.add.at(means, labels, photos.features[rows])
     means /= numpy.maximum(counts, 1)[:, None]
-    for start in range(0, len(rows), CHUNK):
-        part = slice(start, start + CHUNK)
-        centred = photos.features[rows[part]] - means[labels[part]]
-        covariance += centred.T @ centred / len(rows)
     changes = photos.changes[numpy.isin(photos.again, rows)].astype(float)
-    covariance += changes.T @ changes / max(len(changes), 1)
-    target = max(numpy.trace(covariance) / width, 1e-9)  # not zero where all photos are alike
-    covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * target * numpy.eye(width)
-    weight = numpy.linalg.solve(covariance, means.T).T
+
+    def deviations() -> Iterator[numpy.ndarray]:
+        for start in range(0, len(rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            yield (photos.features[rows[part]] - means[labels[part]]) / math.sqrt(len(rows))
+        yield changes / math.sqrt(max(len(changes), 1))
+
+    # The covariance S'S, or with few photos the smaller SS', by which the former's inverse is known (Woodbury).
+    few = len(rows) + len(changes) < width
+    spread = numpy.concatenate(list(deviations())) if few else numpy.eye(width)
+    product = spread @ spread.T if few else sum(part.T @ part for part in deviations())
+    ridge = SHRINKAGE * max(numpy.trace(product) / width, 1e-9)  # not zero where all photos are alike
+    inner = (1 - SHRINKAGE) * product + ridge * numpy.eye(len(product))
+    weight = numpy.linalg.solve(inner, spread @ means.T).T
+    if few:
+        weight = (means - (1 - SHRINKAGE) * weight @ spread) / ridge
     priors = numpy.maximum(counts, 1e-9) / len(rows)  # a class without photos is never the answer
     return weight, numpy.log(priors) - (weight * means).sum(1) / 2
 
@@ -344,7 +357,9 @@ def answer(features: numpy.ndarray, head: tuple | None, given: numpy.ndarray) ->
 
 def members(numbers: numpy.ndarray) -> list[numpy.ndarray]:
     """The rows of each of the numbers that there are."""
-    return numpy.split(numpy.argsort(numbers, kind="stable"), numpy.cumsum(numpy.unique_counts(numbers).counts)[:-1])
+    return numpy.split(
+        numpy.argsort(numbers, kind="stable"), numpy.cumsum(numpy.unique(numbers, return_counts=True)[1])[:-1]
+    )
 
 
 def group_views(features: numpy.ndarray, times: numpy.ndarray) -> numpy.ndarray:
@@ -376,17 +391,18 @@ def assign_folds(photos: Photos) -> numpy.ndarray:
     return folds
 
 
-def cross_validate(photos: Photos, classes: int) -> tuple[float, numpy.ndarray, numpy.ndarray]:
+def cross_validate(photos: Photos) -> tuple[float, numpy.ndarray, numpy.ndarray]:
     """Temperature; a fold for each photo; and what ``answer`` gives of each by a head learned without its fold."""
-    folds, answers, most = assign_folds(photos), numpy.empty((len(photos.labels), 3)), 10**7 // classes + 100
-    parts = [numpy.flatnonzero(folds == fold) for fold in range(FOLDS)]
-    heads = [fit_head(photos, numpy.flatnonzero(folds != fold), classes) for fold in range(FOLDS)]
-    # To find the temperature not more logits are held in memory than 80 MB, and none of a category's only photo.
-    known = numpy.bincount(photos.labels)[photos.labels] > 1
-    sample = [numpy.random.default_rng(0).permutation(part[known[part]])[:most] for part in parts]
-    logits = [photos.features[rows] @ weight.T + bias for rows, (weight, bias) in zip(sample, heads, strict=True)]
+    folds, answers, logits, sample = assign_folds(photos), numpy.empty((len(photos.labels), 3)), [], []
+    known = numpy.bincount(photos.labels)[photos.labels] > 1  # from another photo of the category
+    heads = [fit_head(photos, numpy.flatnonzero(folds != fold)) for fold in range(FOLDS)]
+    for fold, (weight, bias) in enumerate(heads):
+        rows = numpy.random.default_rng(0).permutation(numpy.flatnonzero(known & (folds == fold)))
+        sample.append(rows[: 10**7 // len(photos.names) + 100])  # not more logits than 80 MB
+        logits.append(photos.features[sample[fold]] @ weight.T + bias)
     temperature = find_temperature(numpy.concatenate(logits), photos.labels[numpy.concatenate(sample)])
-    for rows, (weight, bias) in zip(parts, heads, strict=True):
+    for fold, (weight, bias) in enumerate(heads):
+        rows = numpy.flatnonzero(folds == fold)
         answers[rows] = answer(photos.features[rows], (weight / temperature, bias / temperature), photos.labels[rows])
     return temperature, folds, answers
 
@@ -419,12 +435,12 @@ def judge(given: numpy.ndarray, answers: numpy.ndarray, names: list[str]) -> dic
     }
 
 
-def find_suspects(photos: Photos, answers: numpy.ndarray, names: list[str]) -> list[dict[str, Any]]:
+def find_suspects(photos: Photos, answers: numpy.ndarray) -> list[dict[str, Any]]:
     """Photos that most likely carry the wrong label, likeliest first; after Northcutt et al., arXiv 1911.00068.
 
     Another category is answered at least as confidently as photos of that category are on average.
     """
-    answered, given = answers[:, 0].astype(int), photos.labels
+    answered, given, names = answers[:, 0].astype(int), photos.labels, photos.names
     usual = numpy.array([answers[rows, 2].mean() for rows in members(given)])
     wrong = (answered != given) & (answers[:, 1] >= usual[answered]) & (numpy.bincount(given)[given] > 1)
     order = [row for row in numpy.argsort(answers[:, 2], kind="stable") if wrong[row]]
@@ -460,13 +476,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def finetune(
-    arguments: argparse.Namespace,
-    network: Network,
-    photos: Photos,
-    names: list[str],
-    held: numpy.ndarray,
-    best: float,
-    write: Callable,
+    arguments: argparse.Namespace, network: Network, photos: Photos, held: numpy.ndarray, best: float, write: Callable
 ) -> dict[str, Any] | None:
     """Train all of a network on the photos that are not ``held`` (N booleans); give what ``judge`` says of the best.
 
@@ -478,10 +488,11 @@ def finetune(
     from torchvision.transforms import v2
 
     model = infer.load_hub_model(network.spec.name, *arguments.source)
-    labels, rows, epochs, result = photos.labels, numpy.flatnonzero(~held), arguments.finetune, None
+    epochs, result, labels, names = arguments.finetune, None, photos.labels, photos.names
+    rows, paths = numpy.flatnonzero(~held), [photos.paths[row] for row in numpy.flatnonzero(held)]
     # It begins with a head for unrooted features, since a root has no finite slope at zero.
     plain = photos._replace(features=photos.features * abs(photos.features), changes=0 * photos.changes)
-    weight, bias = fit_head(plain, rows, len(names))
+    weight, bias = fit_head(plain, rows)
     divisor = find_temperature(plain.features[held] @ weight.T + bias, labels[held])
     linear, layer = torch.nn.Linear(weight.shape[1], len(names)), infer.find_classifier(model)
     linear.load_state_dict({"weight": torch.tensor(weight / divisor), "bias": torch.tensor(bias / divisor)})
@@ -500,7 +511,7 @@ def finetune(
 
     def load(row: int) -> numpy.ndarray:
         with infer.open_image(photos.paths[row]) as file:
-            return numpy.asarray(augment(infer.decode_image(file)))
+            return numpy.asarray(augment(infer.decode_image(file, model.spec)))
 
     parts = {"network": module, "optimizer": optimizer, "schedule": schedule}
     checkpoint, done = Path(f"{arguments.output}.checkpoint"), 0
@@ -534,13 +545,7 @@ def finetune(
                 losses.append(loss.item())
                 bar.set_postfix_str(f"第 {epoch}/{epochs} 轮,损失 {numpy.mean(losses):.3f}")
                 bar.update(1)
-        seen = look_at(
-            [photos.paths[row] for row in numpy.flatnonzero(held)],
-            network._replace(run=run_torch(engine)),
-            0,
-            None,
-            arguments,
-        )
+        seen = look_at(paths, network._replace(run=run_torch(engine)), arguments, None)
         logits = numpy.stack([look.rows[0] for look in seen.values()])
         divisor = find_temperature(logits, labels[held])
         judged = judge(labels[held], answer(logits / divisor, None, labels[held]), names)
@@ -579,7 +584,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.source = (arguments.repo, arguments.trust_repo, arguments.weights, None, arguments.offline)
     network, store = open_backbone(arguments, len(labels)), Store(infer.cache_folder() / "features.sqlite")
     share = max(min(LEAST / len(labels), 1), min(SECOND_LOOKS, MOST / len(labels)))
-    seen = look_at(list(labels), network, share, store, arguments)
+    seen = look_at(list(labels), network, arguments, store, share)
     learned = choose(labels, corrected, seen)
     counts = Counter(learned.values())
     names = sorted(counts)
@@ -593,17 +598,18 @@ def run(arguments: argparse.Namespace) -> int:
     features = root(numpy.stack([look.rows[0] for look in looks]))
     again = numpy.array([row for row, look in enumerate(looks) if len(look.rows) > 1])
     changes = root(numpy.stack([looks[row].rows[1] for row in again])) - features[again]
-    photos = Photos(list(learned), given, features, numpy.array([look.time for look in looks]), again, changes)
-    temperature, folds, answers = cross_validate(photos, len(names))
+    times = numpy.array([look.time for look in looks])
+    photos = Photos(names, list(learned), given, features, times, again, changes)
+    temperature, folds, answers = cross_validate(photos)
     # What all categories have in common changes no answer, but costs digits.
-    head = [(part - part.mean(0)) / temperature for part in fit_head(photos, numpy.arange(len(given)), len(names))]
+    head = [(part - part.mean(0)) / temperature for part in fit_head(photos, numpy.arange(len(given)))]
     known = numpy.bincount(given)[given] > 1  # the others were answered by heads that cannot know them
     report: dict[str, Any] = {"model": output.stem, "backbone": network.spec.name}
     report |= {"date": datetime.date.today().isoformat(), "photos": {name: counts[name] for name in names}}
     spec = dataclasses.replace(network.spec, name=output.stem, num_classes=len(names), labels=tuple(names))
     about = report | {"parameters": network.parameters, "spec": spec.record()}
     report["cross_validation"] = judge(given[known], answers[known], names)
-    report["suspects"] = find_suspects(photos, answers, names)
+    report["suspects"] = find_suspects(photos, answers)
 
     def write(tensors: dict[str, numpy.ndarray], result: dict[str, Any], whole: bool) -> None:
         from safetensors.numpy import save
@@ -615,13 +621,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not arguments.resume:  # or else it may be the best network so far
         checkpoint.unlink(missing_ok=True)
-        write({"weight": numpy.float32(head[0]), "bias": numpy.float32(head[1])}, report["cross_validation"], whole=False)
+        write(
+            {"weight": numpy.float32(head[0]), "bias": numpy.float32(head[1])}, report["cross_validation"], whole=False
+        )
         log.info("已学好 %d 类、%d 张照片,存入 %s", len(names), len(given), output)
     if epochs:
         log.info("接着训练整个网络。随时可以中断: 存着的总是最好的一轮,加上 --resume 接着做")
         held = known & (folds == numpy.bincount(folds[known]).argmax())
         frozen = float((answers[:, 0] == given)[held].mean())
-        if result := finetune(arguments, network, photos, names, held, frozen, write):
+        if result := finetune(arguments, network, photos, held, frozen, write):
             report["held_out"], head = result, None
             model = infer.load_learned_model(str(output), *arguments.source)
             engine = infer.TorchEngine(model, arguments.device, arguments.dtype)
@@ -633,7 +641,7 @@ def run(arguments: argparse.Namespace) -> int:
         if unknown := sorted(set(elsewhere.values()).difference(names)):
             log.warning("%s 里的这些类别没有学过,不参加检验: %s", arguments.test, "、".join(unknown))
         paths, digests = [path for path in elsewhere if elsewhere[path] in counts], {look.digest for look in looks}
-        seen = look_at(paths, network, 0, store, arguments)
+        seen = look_at(paths, network, arguments, store)
         seen = {path: look for path, look in seen.items() if isinstance(look, Look) and look.digest not in digests}
         if len(seen) < len(paths):
             log.warning("%s 里有 %d 张照片打不开,或是学过的,不参加检验", arguments.test, len(paths) - len(seen))

@@ -175,7 +175,7 @@ def test_scikit_learn_agrees_with_the_network(learned):
     labels = np.unique(given, return_inverse=True)[1]
     photos = make_photos(labels, np.sqrt(train))
     temperature = 17.0
-    head = learn_module.fit_head(photos, np.arange(len(labels)), 4)
+    head = learn_module.fit_head(photos, np.arange(len(labels)))
     weight, bias = ((part - part.mean(0)) / temperature for part in head)  # as learn.py does
     # The file with this head in place of what was learned.
     tensors = {"weight": np.float32(weight), "bias": np.float32(bias)}
@@ -191,7 +191,8 @@ def make_photos(labels, features):
     """Photos without times or second looks."""
     count, width = features.shape
     nothing = np.zeros(0, int), np.zeros((0, width))
-    return learn_module.Photos([str(row) for row in range(count)], labels, features, np.full(count, np.nan), *nothing)
+    names, paths = [str(label) for label in range(max(labels) + 1)], [f"{row}.jpg" for row in range(count)]
+    return learn_module.Photos(names, paths, labels, features, np.full(count, np.nan), *nothing)
 
 
 def all_confidences(model, folder):
@@ -481,7 +482,7 @@ def test_training_writes_a_whole_network_only_if_it_is_better(learn, goods, infe
     assert set(before) in ({"weight", "bias"}, {"conv.weight", "conv.bias", "fc.weight", "fc.bias"})
     # From the first epoch on better than a head that never is right.
     train = learn_module.finetune
-    monkeypatch.setattr(learn_module, "finetune", lambda *a: train(*a[:5], -1.0, a[6]))
+    monkeypatch.setattr(learn_module, "finetune", lambda *a: train(*a[:4], -1.0, a[5]))
     result = learn(goods, "--finetune", "2")
     assert result.returncode == 0 and "没有参加训练的照片: " in result.stdout
     assert set(safetensors.load_file(learn.output)) == {"conv.weight", "conv.bias", "fc.weight", "fc.bias"}
