@@ -58,8 +58,8 @@ SHRINKAGE = 0.2  # of the covariance; from 0.1 to 0.5 hardly anything changes (d
 # Photos of a category that are this alike (cosine), or were taken so few seconds apart, show one thing once.
 FOLDS, ALIKE, SECONDS = 5, 0.92, 60
 CHUNK = 1024  # rows that are computed with at a time
-# Training: photos a step, rates of the head and of the rest, shares of a photo that are cut out.
-BATCH, RATES, CROP_AREA = 16, [1e-3, 2e-4], (0.35, 1)
+# Training: photos a step; rates of the head, and of the rest with so many steps; shares of a photo that are cut out.
+BATCH, HEAD_RATE, BODY_RATE, MANY_STEPS, CROP_AREA = 16, 1e-3, 2e-4, 800, (0.35, 1)
 
 
 # ---------------------------------------------------------------- which photos
@@ -90,7 +90,7 @@ def read_table(path: str) -> dict[str, str]:
 
 def collect(inputs: list[str]) -> tuple[dict[str, str], set[str]]:
     """Path → label of what folders of categories and CSV files name; and the paths that a CSV file names."""
-    labels, corrections = {}, {}
+    labels, corrections, loose = {}, {}, 0
     for name in inputs:
         if os.path.isdir(name):
             folders = {entry.name for entry in os.scandir(name) if entry.is_dir() and entry.name[0] != "."}
@@ -98,14 +98,15 @@ def collect(inputs: list[str]) -> tuple[dict[str, str], set[str]]:
                 category = Path(path).relative_to(name).parts[0]
                 if category in folders:
                     labels[os.path.abspath(path)] = category
-                else:
-                    log.warning("%s 不在任何一类的子文件夹里,没有使用", path)
+                loose += category not in folders
             if empty := sorted(folders.difference(labels.values())):
                 log.warning("这些文件夹里没有照片,不成一类: %s", "、".join(empty))
         elif os.path.isfile(name):
             corrections |= read_table(name)
         else:
             raise infer.UsageError(f"{name} 应是文件夹(每个子文件夹一类)或 CSV 文件")
+    if loose:
+        log.warning("%d 张照片不在任何一类的子文件夹里,没有使用", loose)
     labels |= corrections
     if not labels:
         raise infer.UsageError(f"{'、'.join(inputs)} 里没有找到照片。应是每类一个子文件夹,里面放照片")
@@ -178,13 +179,18 @@ def open_backbone(arguments: argparse.Namespace, photos: int) -> Network:
         model = model._replace(spec=dataclasses.replace(model.spec, draft=recognizer.draft or model.spec.draft))
         engine = infer.TorchEngine(model, recognizer.device, recognizer.dtype)
         onnx = onnx and importlib.util.find_spec("onnxscript") and model.files and engine.dtype == torch.float32
+        slow = Network(model.spec, version, model.parameters, run_torch(engine))
         if not onnx or photos < WORTH_EXPORTING and recognizer.engine != "onnx":
-            return Network(model.spec, version, model.parameters, run_torch(engine))
+            return slow
         log.info("正在导出网络,需要十几秒到一分钟,以后不再需要")
+        try:
+            with infer.replacing(path.parent) as folder:
+                folder.mkdir()
+                export.write_graph(engine, folder / path.name, separate_weights=True, softmax=False)
+        except infer.ModelError as error:
+            log.warning("%s。这次用 torch", error)
+            return slow
         known = {"parameters": model.parameters, "spec": model.spec.record()}
-        with infer.replacing(path.parent) as folder:
-            folder.mkdir()
-            export.write_graph(engine, folder / path.name, separate_weights=True, softmax=False)
         infer.remember(path.parent.name, {str(part): infer.file_state(part) for part in path.parent.iterdir()}, **known)
     import onnxruntime
 
@@ -232,7 +238,7 @@ def time_taken(data: bytes) -> float:
 
 
 def look_at(
-    paths: list[str], network: Network, arguments: argparse.Namespace, store: Store | None, share: float = 0
+    paths: list[str], network: Network, arguments: argparse.Namespace, store: Store, share: float = 0
 ) -> dict[str, Look | str]:
     """Path → what the network sees, with a second look for this share of the photos; or why it cannot be read."""
     nearer = dataclasses.replace(network.spec, resize=round(NEARER * network.spec.resize))
@@ -246,7 +252,7 @@ def look_at(
                 digest = hashlib.sha256(data).hexdigest()
                 looks = 2 if int(digest[:8], 16) < share * 2**32 else 1
                 keys = [f"{network.version}-{digest}-{look}" for look in range(looks)]
-                known = [store and store.ask("SELECT row FROM rows WHERE key = ?", key) for key in keys]
+                known = [store.ask("SELECT row FROM rows WHERE key = ?", key) for key in keys]
                 rows = [found and numpy.frombuffer(found[0], numpy.float32) for found in known]
                 image = None if all(known) else infer.decode_image(io.BytesIO(data), network.spec)
                 for look in (look for look in range(looks) if not known[look]):
@@ -264,8 +270,7 @@ def look_at(
             raise infer.ModelError("网络的特征不是每张照片一行有限的数;请换一个模型,或用 --dtype float32")
         for (rows, look, key), row in zip(missing, outputs, strict=True):
             rows[look] = row
-            if store:
-                store.ask("INSERT OR REPLACE INTO rows VALUES (?, ?)", key, row.tobytes())
+            store.ask("INSERT OR REPLACE INTO rows VALUES (?, ?)", key, row.tobytes())
         return seen
 
     seen, size = {}, arguments.batch_size or 8
@@ -296,6 +301,18 @@ class Photos(NamedTuple):
 def root(features: numpy.ndarray) -> numpy.ndarray:
     """The square root, with the sign kept."""
     return numpy.sign(features) * numpy.sqrt(numpy.abs(features))
+
+
+def gather(labels: dict[str, str], seen: dict[str, Look]) -> Photos:
+    """What is learned from, of photos with labels that the network has seen."""
+    names, looks = sorted(set(labels.values())), [seen[path] for path in labels]
+    number = {name: index for index, name in enumerate(names)}
+    given = numpy.array([number[label] for label in labels.values()])
+    features = root(numpy.stack([look.rows[0] for look in looks]))
+    again = numpy.array([row for row, look in enumerate(looks) if len(look.rows) > 1], int)
+    changes = [root(looks[row].rows[1]) - features[row] for row in again]
+    changes = numpy.array(changes, numpy.float32).reshape(len(again), features.shape[1])
+    return Photos(names, list(labels), given, features, numpy.array([look.time for look in looks]), again, changes)
 
 
 def fit_head(photos: Photos, rows: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -503,7 +520,9 @@ def finetune(
     body = [value for name, value in module.named_parameters() if not name.startswith(f"{layer}.")]
     optimizer = torch.optim.AdamW([{"params": linear.parameters()}, {"params": body}], weight_decay=0.02)
     steps = epochs * math.ceil(len(rows) / BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATES, steps + 1, pct_start=0.15, cycle_momentum=False)
+    # With few steps the rest learns more slowly, or what it unlearns at first would not be mended in time.
+    rates = [HEAD_RATE, BODY_RATE * min(steps / MANY_STEPS, 1)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps + 1, pct_start=0.15, cycle_momentum=False)
     mixed = arguments.dtype == "bfloat16" or arguments.dtype == "auto" and engine.device.type == "cuda"
     interpolation = v2.InterpolationMode(model.spec.interpolation)
     crop = v2.RandomResizedCrop(model.spec.crop, CROP_AREA, interpolation=interpolation)
@@ -545,7 +564,7 @@ def finetune(
                 losses.append(loss.item())
                 bar.set_postfix_str(f"第 {epoch}/{epochs} 轮,损失 {numpy.mean(losses):.3f}")
                 bar.update(1)
-        seen = look_at(paths, network._replace(run=run_torch(engine)), arguments, None)
+        seen = look_at(paths, network._replace(run=run_torch(engine)), arguments, Store(Path(":memory:")))
         logits = numpy.stack([look.rows[0] for look in seen.values()])
         divisor = find_temperature(logits, labels[held])
         judged = judge(labels[held], answer(logits / divisor, None, labels[held]), names)
@@ -589,17 +608,13 @@ def run(arguments: argparse.Namespace) -> int:
     counts = Counter(learned.values())
     names = sorted(counts)
     if len(names) < 2 or max(counts.values()) < 2:
-        raise infer.UsageError(f"至少要有两类照片,其中有不止一张的,现在能用的只有: {dict(counts) or '无'}")
+        found = f"{len(learned)} 张、{len(names)} 类: {'、'.join(names[:10])}"
+        raise infer.UsageError(f"至少要有两类照片,并且每类不止一张;现在能用的是 {found}")
     if few := [name for name in names if counts[name] < 3]:
         log.warning("这些类别不到 3 张照片,学不好也验不准: %s", "、".join(few))
 
-    number, looks = {name: index for index, name in enumerate(names)}, [seen[path] for path in learned]
-    given = numpy.array([number[label] for label in learned.values()])
-    features = root(numpy.stack([look.rows[0] for look in looks]))
-    again = numpy.array([row for row, look in enumerate(looks) if len(look.rows) > 1])
-    changes = root(numpy.stack([looks[row].rows[1] for row in again])) - features[again]
-    times = numpy.array([look.time for look in looks])
-    photos = Photos(names, list(learned), given, features, times, again, changes)
+    photos = gather(learned, seen)
+    number, given = {name: index for index, name in enumerate(names)}, photos.labels
     temperature, folds, answers = cross_validate(photos)
     # What all categories have in common changes no answer, but costs digits.
     head = [(part - part.mean(0)) / temperature for part in fit_head(photos, numpy.arange(len(given)))]
@@ -640,7 +655,10 @@ def run(arguments: argparse.Namespace) -> int:
         elsewhere, _ = collect([arguments.test])
         if unknown := sorted(set(elsewhere.values()).difference(names)):
             log.warning("%s 里的这些类别没有学过,不参加检验: %s", arguments.test, "、".join(unknown))
-        paths, digests = [path for path in elsewhere if elsewhere[path] in counts], {look.digest for look in looks}
+        paths, digests = (
+            [path for path in elsewhere if elsewhere[path] in counts],
+            {seen[path].digest for path in learned},
+        )
         seen = look_at(paths, network, arguments, store)
         seen = {path: look for path, look in seen.items() if isinstance(look, Look) and look.digest not in digests}
         if len(seen) < len(paths):
