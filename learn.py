@@ -58,8 +58,8 @@ SHRINKAGE = 0.2  # of the covariance; from 0.1 to 0.5 hardly anything changes (d
 # Photos of a category that are this alike (cosine), or were taken so few seconds apart, show one thing once.
 FOLDS, ALIKE, SECONDS = 5, 0.92, 60
 CHUNK = 1024  # rows that are computed with at a time
-# Training: photos a step; rates of the head, and of the rest with so many steps; shares of a photo that are cut out.
-BATCH, HEAD_RATE, BODY_RATE, MANY_STEPS, CROP_AREA = 16, 1e-3, 2e-4, 800, (0.35, 1)
+# Training: photos a step, rates of the head and of the rest for so many steps, shares of a photo that are cut out.
+BATCH, RATES, MANY_STEPS, CROP_AREA = 16, (1e-3, 2e-4), 800, (0.35, 1)
 
 
 # ---------------------------------------------------------------- which photos
@@ -179,6 +179,7 @@ def open_backbone(arguments: argparse.Namespace, photos: int) -> Network:
         model = model._replace(spec=dataclasses.replace(model.spec, draft=recognizer.draft or model.spec.draft))
         engine = infer.TorchEngine(model, recognizer.device, recognizer.dtype)
         onnx = onnx and importlib.util.find_spec("onnxscript") and model.files and engine.dtype == torch.float32
+        arguments.batch_size = recognizer.batch_size or (64 if engine.device.type == "cuda" else 8)
         slow = Network(model.spec, version, model.parameters, run_torch(engine))
         if not onnx or photos < WORTH_EXPORTING and recognizer.engine != "onnx":
             return slow
@@ -507,12 +508,20 @@ def finetune(
     model = infer.load_hub_model(network.spec.name, *arguments.source)
     epochs, result, labels, names = arguments.finetune, None, photos.labels, photos.names
     rows, paths = numpy.flatnonzero(~held), [photos.paths[row] for row in numpy.flatnonzero(held)]
-    # It begins with a head for unrooted features, since a root has no finite slope at zero.
-    plain = photos._replace(features=photos.features * abs(photos.features), changes=0 * photos.changes)
-    weight, bias = fit_head(plain, rows)
-    divisor = find_temperature(plain.features[held] @ weight.T + bias, labels[held])
-    linear, layer = torch.nn.Linear(weight.shape[1], len(names)), infer.find_classifier(model)
-    linear.load_state_dict({"weight": torch.tensor(weight / divisor), "bias": torch.tensor(bias / divisor)})
+    # The head first, on features that are not rooted, since a root has no finite slope at zero. Not by discriminant
+    # analysis, whose large weights on what varies little would upset all with the first step.
+    features = torch.from_numpy(photos.features[rows]).float()
+    linear, layer = torch.nn.Linear(features.shape[1], len(names)), infer.find_classifier(model)
+    smooth = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    solver = torch.optim.LBFGS(linear.parameters(), max_iter=50)
+
+    def closure() -> Any:
+        solver.zero_grad()
+        loss = smooth(linear(features * features.abs()), torch.from_numpy(labels[rows]))
+        loss.backward()
+        return loss
+
+    solver.step(closure)
     model.module.set_submodule(layer, linear)
     # As if it were not this project's own, whose batch norms are folded and could not be trained.
     engine = infer.TorchEngine(model._replace(own=False), arguments.device, "float32")
@@ -520,8 +529,8 @@ def finetune(
     body = [value for name, value in module.named_parameters() if not name.startswith(f"{layer}.")]
     optimizer = torch.optim.AdamW([{"params": linear.parameters()}, {"params": body}], weight_decay=0.02)
     steps = epochs * math.ceil(len(rows) / BATCH)
-    # With few steps the rest learns more slowly, or what it unlearns at first would not be mended in time.
-    rates = [HEAD_RATE, BODY_RATE * min(steps / MANY_STEPS, 1)]
+    # With fewer steps it learns more slowly, or what it unlearns at first would not be mended in time.
+    rates = [rate * min(steps / MANY_STEPS, 1) for rate in RATES]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps + 1, pct_start=0.15, cycle_momentum=False)
     mixed = arguments.dtype == "bfloat16" or arguments.dtype == "auto" and engine.device.type == "cuda"
     interpolation = v2.InterpolationMode(model.spec.interpolation)
@@ -555,7 +564,7 @@ def finetune(
                 pixels = engine.normalize(numpy.stack(list(pool.map(load, batch))))
                 target = torch.tensor(labels[batch], device=engine.device)
                 with torch.autocast(engine.device.type, torch.bfloat16, enabled=mixed):
-                    loss = torch.nn.functional.cross_entropy(module(pixels).float(), target, label_smoothing=0.1)
+                    loss = smooth(module(pixels).float(), target)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(module.parameters(), 1)

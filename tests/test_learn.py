@@ -319,6 +319,20 @@ def test_corrections_overrule_folders(learn, goods, tmp_path, encoding):
     assert facts["photos"] == {"红": 6, "绿": 6, "蓝": 6, "黄色": 3}
 
 
+def test_odd_names_of_photos_as_the_page_of_report_writes_them(learn, goods, tmp_path):
+    """改正.csv keeps spaces and backslashes of paths, and puts ./ or ' before what would be a formula."""
+    written = {" 空格 .png": " 空格 .png", "=1.png": "./=1.png", "'q.png": "./'q.png", "a\\b.png": "a\\b.png"}
+    with open(tmp_path / "改正.csv", "w", encoding="utf-8-sig", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(("path", "label"))
+        for number, (name, path) in enumerate(written.items()):
+            Image.new("RGB", (40, 40), (250, 250, 50 * number)).save(tmp_path / name, "PNG")
+            rows.writerow((path, "'=特价" if number < 2 else "''引号"))
+    assert learn(goods, tmp_path / "改正.csv", "--report", tmp_path / "r.json").returncode == 0
+    photos = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["photos"]
+    assert photos == {"红": 6, "绿": 6, "蓝": 6, "=特价": 2, "'引号": 2}
+
+
 def test_what_cannot_be_learned_from_is_named_and_left_out(learn, goods, tmp_path):
     (goods / "红" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     shutil.copy(goods / "绿" / "0.png", goods / "红" / "copy.png")
@@ -475,7 +489,7 @@ def test_calibration_finds_the_temperature_that_confidences_were_spoilt_with():
 
 
 def test_training_writes_a_whole_network_only_if_it_is_better(learn, goods, infer_here, monkeypatch):
-    monkeypatch.setattr(learn_module, "HEAD_RATE", 0.05)
+    monkeypatch.setattr(learn_module, "MANY_STEPS", 1)
     assert learn(goods, "--finetune", "2").returncode == 0
     assert not Path(f"{learn.output}.checkpoint").exists()
     before = safetensors.load_file(learn.output)
