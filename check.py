@@ -26,42 +26,25 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
+import platform
 import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import infer
+from infer import ModelError, OnnxEngine, Recognizer, TorchEngine
+
 import numpy
 
 from export import find_photos, read_pixels
-from infer import (
-    ModelError,
-    OnnxEngine,
-    Parser,
-    Recognizer,
-    TorchEngine,
-    add_model_options,
-    build_recognizer,
-    cache_folder,
-    choose_device,
-    decode_image,
-    digest,
-    has_nvidia_gpu,
-    import_torch,
-    kept_graph,
-    one_line,
-    open_image,
-    package_versions,
-    printable,
-    read_text,
-    replacing,
-    run_command,
-)
 
 log = logging.getLogger("wwts")
 HERE = Path(__file__).resolve().parent
@@ -130,50 +113,46 @@ class Context:
 
 def versions(context: Context) -> str:
     """Python and the packages; each at least what requirements.txt asks for, and torchvision fits torch."""
-    found = package_versions()
+    found, needs_torch = infer.package_versions(), not context.recognizer.model_is_file
     requirements = HERE / "requirements.txt"
     lines = requirements.read_text().splitlines() if requirements.is_file() else []
     for name, least in (line.split(">=") for line in lines if ">=" in line):
-        if name.startswith("torch") and context.recognizer.model_is_file:
-            continue
-        if name not in found:
-            raise ModelError(f"缺少 {name},请运行: pip install '{name}>={least}'")
-        has, wants = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (found[name], least))
-        if has < wants:
-            raise ModelError(f"{name} {found[name]} 太旧,请运行: pip install '{name}>={least}'")
-    if not context.recognizer.model_is_file:
-        import_torch()
-        try:
+        has, wants = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (found.get(name, ""), least))
+        if has < wants and (needs_torch or not name.startswith("torch")):
+            state = f"{name} {found[name]} 太旧" if has else f"缺少 {name}"
+            raise ModelError(f"{state},请运行: pip install '{name}>={least}'")
+    if needs_torch:
+        infer.import_torch()
+        with infer.explaining(f"torchvision 无法导入({{}})。{REINSTALL}"):
             import torchvision  # noqa: F401
-        except Exception as error:  # what a mismatched build raises is of any kind
-            raise ModelError(f"torchvision 无法导入({one_line(error)})。{REINSTALL}") from error
     return ",".join(f"{name} {version}" for name, version in found.items())
 
 
 def device(context: Context) -> str:
     """The device computes; its memory, driver and CUDA."""
-    import platform
-    import subprocess
-
-    name = "cpu"
+    name, cores = "cpu", os.cpu_count()
     if not context.recognizer.model_is_file:
-        torch = import_torch()
-        chosen = choose_device(context.recognizer.device)
+        torch = infer.import_torch()
+        chosen = infer.choose_device(context.recognizer.device)
         if chosen.type == "cuda":
             free, total = (size / 2**30 for size in torch.cuda.mem_get_info(chosen))
-            driver = ""
-            with contextlib.suppress(OSError, subprocess.SubprocessError):
-                command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-                driver = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.partition("\n")[0]
             title = f"{chosen} {torch.cuda.get_device_name(chosen)},显存 {total:.1f} GiB(空闲 {free:.1f})"
-            return f"{title},CUDA {torch.version.cuda},驱动 {driver or '未知'}"
-        if context.recognizer.device == "auto" and has_nvidia_gpu():
+            return f"{title},CUDA {torch.version.cuda},驱动 {driver_version() or '未知'}"
+        if context.recognizer.device == "auto" and infer.has_nvidia_gpu():
             raise ModelError(f"有 NVIDIA 显卡,但 torch {torch.__version__} 用不了它。{REINSTALL}")
         name = str(chosen)
     memory = ""
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
         memory = f",内存 {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    return f"{name} {platform.machine()},{os.cpu_count()} 核{memory}"
+    return f"{name} {platform.machine()},{cores} 核{memory}"
+
+
+def driver_version() -> str:
+    """Of the NVIDIA driver; empty where it does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.partition("\n")[0]
+    return ""
 
 
 def weights(context: Context) -> str:
@@ -191,15 +170,15 @@ def weights(context: Context) -> str:
         if sha256 != published:
             raise ModelError(f"{found},与公布的不同。请重新安装或下载")
         return f"{found},与公布的一致"
-    record = cache_folder() / f"checked-{digest(path)[:16]}.txt"
+    record = infer.cache_folder() / f"checked-{infer.digest(path)[:16]}.txt"
     if not record.is_file():
         try:
-            with replacing(record) as temporary:
+            with infer.replacing(record) as temporary:
                 temporary.write_text(sha256)
         except ModelError as error:
             return f"{found},没有公布的值可比,也没能记下: {error}"
         return f"{found},没有公布的值可比,已记下供下次比较"
-    if read_text(record) != sha256:
+    if infer.read_text(record) != sha256:
         raise ModelError(f"{found},与上次检查时不同。不是您换的就请重新下载;是您换的,请删除 {record}")
     return f"{found},与上次检查时一致"
 
@@ -235,14 +214,12 @@ def preprocessing(context: Context) -> str:
             raise Skipped("没有 torch 和 torchvision 可比") from error
         raise
     spec = context.engine.spec
-    interpolation = transforms.InterpolationMode[spec.interpolation.upper()]
-    resize_and_crop = transforms.Compose(
-        [transforms.Resize(spec.resize, interpolation), transforms.CenterCrop(spec.crop)]
-    )
+    interpolation = transforms.InterpolationMode(spec.interpolation)
+    crop = transforms.Compose([transforms.Resize(spec.resize, interpolation), transforms.CenterCrop(spec.crop)])
     normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
     for photo, pixels in zip(context.photos, context.pixels, strict=True):
-        with open_image(photo) as file:
-            image = resize_and_crop(decode_image(file))
+        with infer.open_image(photo) as file:
+            image = crop(infer.decode_image(file))
         same = numpy.array_equal(numpy.asarray(image), pixels)
         if isinstance(context.engine, TorchEngine):
             ours = context.engine.normalize(numpy.stack([pixels]))[0].cpu()
@@ -288,12 +265,9 @@ def cuda(context: Context) -> str:
     """CPU and CUDA agree in float32."""
     if not context.engine.device_name.startswith("cuda"):
         raise Skipped("没有使用 CUDA")
-    replace = functools.partial(dataclasses.replace, context.recognizer, model=context.engine.spec.name)
-    devices = ("cpu", context.recognizer.device)
-    rows = [
-        context.confidences(context.pixels, replace(engine="torch", dtype="float32", device=device).load())
-        for device in devices
-    ]
+    settings = {"model": context.engine.spec.name, "engine": "torch", "dtype": "float32"}
+    both = (dataclasses.replace(context.recognizer, **settings, device=name) for name in ("cpu", "cuda"))
+    rows = [context.confidences(context.pixels, recognizer.load()) for recognizer in both]
     return context.agree(*rows, 1e-3, "显卡或驱动可能有故障,建议换一台机器")
 
 
@@ -302,7 +276,7 @@ def onnx(context: Context) -> str:
     if isinstance(context.engine, OnnxEngine):
         raise Skipped("正在检查的就是 ONNX")
     export = f"python export.py{context.options or f' -m {context.engine.spec.name}'}"
-    graph = kept_graph(context.engine.spec.name, context.engine.version)
+    graph = infer.kept_graph(context.engine.spec.name, context.engine.version)
     if not graph.is_file():
         raise Skipped(f"{context.engine.spec.name} 的这一版还没有导出为 ONNX,请运行: {export}")
     rows = [context.confidences(context.pixels), context.confidences(context.pixels, OnnxEngine(graph))]
@@ -311,46 +285,35 @@ def onnx(context: Context) -> str:
 
 def speed(context: Context) -> str:
     """Time of one image and of batches, against what is usual for model and device."""
-    milliseconds = []
-    for _ in range(25):
-        start = time.perf_counter()
-        context.engine.classify(context.pixels[:1], 5)
-        milliseconds.append((time.perf_counter() - start) * 1000)
-    milliseconds = sorted(milliseconds[5:])
     batch = (context.pixels * 64)[: context.recognizer.batch_size]
-    context.engine.classify(batch, 5)
-    start, number = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - start) < 1:
-        context.engine.classify(batch, 5)
-        number += len(batch)
-    found = f"单张 {milliseconds[10]:.1f} 毫秒,每批 {len(batch)} 张时 {number / seconds:.1f} 张/秒"
+
+    def milliseconds(images: list[numpy.ndarray], times: int) -> list[float]:
+        marks = [time.perf_counter()]
+        for _ in range(times + 3):  # the first ones allocate and plan
+            context.engine.classify(images, 5)
+            marks.append(time.perf_counter())
+        return sorted(1000 * (end - start) for start, end in itertools.pairwise(marks[3:]))
+
+    alone, together = milliseconds(context.pixels[:1], 20), milliseconds(batch, 5)
+    found = f"单张 {alone[10]:.1f} 毫秒,每批 {len(batch)} 张时 {1000 * len(batch) / together[2]:.1f} 张/秒"
     usual = USUAL_LATENCY.get((context.engine.spec.name, context.engine.device_name.partition(":")[0]))
-    if usual and milliseconds[0] > 10 * usual:  # the best, since others may use the machine too
+    if usual and alone[0] > 10 * usual:  # the best, since others may use the machine too
         raise ModelError(f"{found};单张通常约 {usual} 毫秒。请看有没有别的程序在用处理器或显卡,或换一台机器")
     return found + (f"(单张通常约 {usual} 毫秒)" if usual else "")
 
 
 CHECKS: list[tuple[str, Callable[[Context], str]]] = [
-    ("版本", versions),
-    ("设备", device),
-    ("权重", weights),
-    ("参数", parameters),
-    ("标签", labels),
-    ("预处理", preprocessing),
-    ("示例图片", samples),
-    ("单张与成批", batches),
-    ("同一批两次", twice),
-    ("CPU 与 CUDA", cuda),
-    ("torch 与 ONNX", onnx),
-    ("速度", speed),
-]
+    ("版本", versions), ("设备", device), ("权重", weights), ("参数", parameters),
+    ("标签", labels), ("预处理", preprocessing), ("示例图片", samples), ("单张与成批", batches),
+    ("同一批两次", twice), ("CPU 与 CUDA", cuda), ("torch 与 ONNX", onnx), ("速度", speed),
+]  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Examine machine, installation and model, a line each; exit status 3 if anything is wrong."""
     photos = find_photos(arguments.photos, 20)
     engine = "auto" if str(arguments.model).endswith(".onnx") else "torch"
-    recognizer = build_recognizer(arguments, engine=engine)
+    recognizer = infer.build_recognizer(arguments, engine=engine)
     names = ("model", "repo", "weights", "labels")
     options = "".join(f" --{n} {shlex.quote(getattr(recognizer, n))}" for n in names if getattr(recognizer, n))
     context = Context(recognizer, photos, options)
@@ -364,25 +327,25 @@ def run(arguments: argparse.Namespace) -> int:
         except ModelError as error:
             status, detail = "failed", str(error)
         except Exception as error:  # a broken installation raises anything
-            status, detail = "failed", f"{type(error).__name__}: {one_line(error)}。{REINSTALL}"
+            status, detail = "failed", f"{type(error).__name__}: {infer.one_line(error)}。{REINSTALL}"
         counts[status] += 1
         name = context.loaded.spec.name if context.loaded else None
         if arguments.format == "jsonl":
             record = {"check": check.__name__, "status": status, "detail": detail, "model": name}
             print(json.dumps(record, ensure_ascii=False), flush=True)
         else:
-            print(f"{marks[status]} {title}: {printable(detail)}", flush=True)
+            print(f"{marks[status]} {title}: {infer.printable(detail)}", flush=True)
     log.info("%s: %d 项通过,%d 项不通过,%d 项跳过", name or "模型没有加载", *counts.values())
     return 3 if counts["failed"] else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = Parser("check.py", __doc__)
-    add_model_options(parser, leave_out=("engine", "draft"))
+    parser = infer.Parser("check.py", __doc__)
+    infer.add_model_options(parser, leave_out=("engine", "draft"))
     parser.add_argument("photos", nargs="*")
     parser.add_argument("-f", "--format", choices=["text", "jsonl"])
-    return run_command(run, parser, argv)
+    return infer.run_command(run, parser, argv)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy
-
 from infer import (
     ModelError,
     OnnxEngine,
@@ -59,6 +57,8 @@ from infer import (
     run_command,
 )
 
+import numpy
+
 __all__ = ["export_graph", "find_photos", "read_pixels", "write_graph"]
 
 log = logging.getLogger("wwts")
@@ -78,7 +78,7 @@ def read_pixels(photos: list[str], spec: Spec) -> Iterator[numpy.ndarray]:
     for photo in photos:
         try:
             with open_image(photo) as file:
-                yield preprocess(decode_image(file), spec)
+                yield preprocess(decode_image(file, spec), spec)
         except Exception as error:  # a broken file can make a decoder raise anything
             raise UsageError(f"{photo}: {describe_image_error(error)}") from error
 

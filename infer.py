@@ -116,10 +116,11 @@ __version__ = "2.0.0"
 __all__ = [
     "HubModel", "Identity", "ModelError", "OnnxEngine", "Parser", "Prediction", "Recognizer", "Result", "Spec",
     "TorchEngine", "UsageError", "add_model_options", "build_recognizer", "cache_folder", "choose_device",
-    "compute_version", "decode_image", "describe_image_error", "digest", "file_state", "find_images",
-    "find_classifier", "has_nvidia_gpu", "import_torch", "kept_graph", "load_hub_model", "load_learned_model",
-    "one_line", "open_image", "package_versions", "preprocess", "printable", "progress_bar", "read_labels",
-    "read_text", "recall", "remember", "replacing", "run_command",
+    "compute_version", "decode_image", "describe_image_error", "digest", "escape_cell", "explaining",
+    "file_state", "find_classifier", "find_images", "has_nvidia_gpu", "import_torch", "kept_graph",
+    "load_hub_model", "load_learned_model", "one_line", "open_image", "package_versions", "preprocess",
+    "printable", "progress_bar", "read_labels", "read_text", "recall", "remember", "replacing", "run_command",
+    "unescape_cell",
 ]  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -1153,13 +1154,18 @@ class Recognizer:
 
     def _load_fallback(self, error: OSError) -> TorchEngine | OnnxEngine:
         """The engine of the fallback model, which is remembered as the default only where that needs no network."""
-        warning = f"{error.reason},改用 {FALLBACK_MODEL}(1,000 类);取得方法见 docs/模型.md"
+        advice = f"取得方法见 docs/模型.md;加上 -m {FALLBACK_MODEL} 就不试网络"
+        warning = f"{error.reason},改用 {FALLBACK_MODEL}(1,000 类)。{advice}"
         log.warning(warning)
         fallback = dataclasses.replace(self, model=FALLBACK_MODEL)
         engine = fallback._load()
         if self.offline and (known := recall(fallback._key())):
             remember(self._key(), known["files"] | dict.fromkeys(error.places), **known | {"warning": warning})
         return engine
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device in ("cpu", "mps") or self.device == "auto" and not has_nvidia_gpu()
 
     def _key(self) -> str:
         """What was asked for, in so far as it decides the version beside the content of files."""
@@ -1169,8 +1175,7 @@ class Recognizer:
             os.environ.get(variable) for variable in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE") if not self.weights
         ]
         default = self.offline if self.model is None else None  # with a network the default may be another model
-        on_cpu = self.device in ("cpu", "mps") or self.device == "auto" and not has_nvidia_gpu()
-        dtype = ("float32" if on_cpu else "float16") if self.dtype == "auto" else self.dtype
+        dtype = ("float32" if self._on_cpu else "float16") if self.dtype == "auto" else self.dtype
         return "model-" + digest(str(HERE), self.model, *paths, *places, default, dtype)[:16]
 
     # Images
@@ -1190,7 +1195,7 @@ class Recognizer:
         return self._stream(iter(images))
 
     def _stream(self, images: Iterator) -> Iterator[Result]:
-        workers, size = self.workers, self.batch_size or 8
+        workers, size = self.workers, self.batch_size or (8 if self._on_cpu else 64)
         pool, closed = ThreadPoolExecutor(workers), threading.Event()
         decoding: queue.Queue[Future | None] = queue.Queue(2 * size + workers)
 
@@ -1391,6 +1396,20 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(escaped)
 
 
+def escape_cell(text: str) -> str:
+    """A text as one line that no spreadsheet runs, as they run what begins with = + - or @ (OWASP, CSV injection)."""
+    if os.sep == "/":  # elsewhere it is part of every path
+        text = text.replace("\\", "\\\\")
+    return "'" * text.startswith(("=", "+", "-", "@", "'")) + printable(text)
+
+
+def unescape_cell(cell: str) -> str:
+    """The text that ``escape_cell`` was given; raises UnicodeDecodeError for what it never gives."""
+    escape = r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
+    text = cell.removeprefix("'")
+    return re.sub(escape, lambda m: m[0].encode().decode("unicode_escape"), text) if os.sep == "/" else text
+
+
 class Text:
     """The block that people read; with ``named`` its header names the image."""
 
@@ -1442,11 +1461,11 @@ class Csv:
 
     def format(self, result: Result) -> str:
         """The line for one image."""
-        cells = [cell for p in result.predictions for cell in (self.cell(p.label), f"{p.confidence:.6f}")]
+        cells = [cell for p in result.predictions for cell in (escape_cell(p.label), f"{p.confidence:.6f}")]
         cells += [""] * (2 * self.topk - len(cells))
         line = io.StringIO()
-        start = [self.cell(result.path), self.cell(result.model), result.version]
-        csv.writer(line, lineterminator="\r\n").writerow([*start, *cells, self.cell(result.error or "")])
+        start = [escape_cell(result.path), escape_cell(result.model), result.version]
+        csv.writer(line, lineterminator="\r\n").writerow([*start, *cells, escape_cell(result.error or "")])
         return line.getvalue()
 
     def parse(self, line: str) -> tuple[str, str, str, list[float] | None]:
@@ -1454,16 +1473,8 @@ class Csv:
         (row,) = csv.reader([line], strict=True)
         if len(row) != 2 * self.topk + 4:
             raise ValueError
-        escape = r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
-        path = re.sub(escape, lambda m: m[0].encode().decode("unicode_escape"), row[0].removeprefix("'"))
-        return path, row[1], row[2], None if row[-1] else [float(value) for value in row[4:-1:2] if value]
-
-    @staticmethod
-    def cell(text: str) -> str:
-        """A cell that is one line and no formula: spreadsheets run what begins with = + - or @ (OWASP)."""
-        if os.sep == "/":  # elsewhere it is part of every path
-            text = text.replace("\\", "\\\\")
-        return "'" * text.startswith(("=", "+", "-", "@", "'")) + printable(text)
+        confidences = [float(value) for value in row[4:-1:2] if value]
+        return unescape_cell(row[0]), row[1], row[2], None if row[-1] else confidences
 
 
 FORMATS = {"text": Text, "jsonl": Jsonl, "csv": Csv}
@@ -1693,7 +1704,9 @@ def run_command(run: Callable[[argparse.Namespace], int], parser: Parser, argv: 
     arguments = argparse.Namespace()
     actions = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        arguments = parser.parse_args(argv)
+        argv = sys.argv[1:] if argv is None else argv
+        # Images may stand on both sides of options, which argparse allows only where there is no "--".
+        arguments = parser.parse_args(argv) if "--" in argv else parser.parse_intermixed_args(argv)
         formatter.with_time = arguments.log_time
         if arguments.quiet:
             log.setLevel(logging.WARNING)
@@ -1895,10 +1908,9 @@ def recognise(
     total = sum(map(is_ours, find_images(inputs, warn=False))) if with_bar and "-" not in inputs else None
     done_before = len(output.done) - len(retry) if output else 0
     try:
-        with (
-            progress_bar(total, "张", done_before) if with_bar else contextlib.nullcontext() as bar,
-            contextlib.closing(recognizer.stream(itertools.chain([] if first is None else [first], todo))) as results,
-        ):
+        results = recognizer.stream(itertools.chain([] if first is None else [first], todo))
+        shown = progress_bar(total, "张", done_before) if with_bar else contextlib.nullcontext()
+        with shown as bar, contextlib.closing(results):
             for result in results:
                 if isinstance(form, Text) and single and result.error is None:
                     log.info("输入图像: %s", result.path)

@@ -44,11 +44,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import infer
+
 import numpy
 from PIL import Image, ImageOps
 
 import export
-import infer
 
 log = logging.getLogger("wwts")
 WORTH_EXPORTING = 200  # photos, whose features regain the time that exporting the network takes

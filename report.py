@@ -31,7 +31,6 @@ import io
 import json
 import logging
 import os
-import re
 import secrets
 import sys
 import time
@@ -42,9 +41,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from PIL import Image
-
 import infer
+
+from PIL import Image
 
 TEMPLATE = Path(__file__).resolve().parent / "pages" / "report.html"
 LONGEST_LINE = 2**26  # bytes; what is longer is no record
@@ -65,14 +64,6 @@ class Record(NamedTuple):
     violation: str | None = None
 
 
-def read_cell(cell: str) -> str:
-    """Take back what infer.py does to a text so that it is one line of CSV and no formula."""
-    text = cell.removeprefix("'")
-    escape = r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
-    # Where backslashes are a part of every path, infer.py does not double them.
-    return text if os.sep == "\\" else re.sub(escape, lambda m: m[0].encode().decode("unicode_escape"), text)
-
-
 def parse_record(line: str, header: list[str] | None) -> Record:
     """Read a line of JSONL, or of CSV with this header; what is no record leads to one of many exceptions."""
     if header is None:
@@ -81,7 +72,7 @@ def parse_record(line: str, header: list[str] | None) -> Record:
         answers = [(answer["label"], answer["confidence"]) for answer in row["results"]] if error is None else []
     else:
         (cells,) = csv.reader([line], strict=True)
-        row = dict(zip(header, map(read_cell, cells), strict=True))
+        row = dict(zip(header, map(infer.unescape_cell, cells), strict=True))
         error = row["error"] or None
         answers = [(row[f"label_{rank}"], row[f"confidence_{rank}"]) for rank in range(1, len(header) // 2 - 1)]
     results = [(label, float(confidence)) for label, confidence in answers if confidence != ""]

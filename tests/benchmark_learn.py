@@ -17,8 +17,9 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import learn
 from infer import Parser, add_model_options, cache_folder
+
+import learn
 
 ROWS = "学习得到的头", "同上,不看第二眼", "逻辑回归", "最近的类中心", "最近的一张照片"
 

@@ -30,6 +30,11 @@ def test_bench(bench):
     assert {f"模型计算,每批 {size} 张" for size in (1, 2, 4, 8, 16)} < figures.keys()
     assert {"冷启动到第一个答案", "内存峰值"} < figures.keys()
     (end_to_end,) = (value for name, value in figures.items() if name.startswith("端到端(解码、缩放、计算),受限于"))
+    (slow,), (fast,) = (
+        [value for name, value in figures.items() if name.startswith(f"1,200 万像素,解码和缩放{draft}")]
+        for draft in (",", "(--draft)")
+    )
+    assert fast > slow  # three times, and more
     assert figures["每千张费用"] == pytest.approx(1.5 / 3.6 / end_to_end)
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 
+import infer as infer_module
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from conftest import ROOT, SAMPLES
 
 import check as check_module
 import export
-import infer as infer_module
 
 LITE = ("-m", "wwts_cn_lite", "-d", "cpu")
 
@@ -204,12 +205,12 @@ def test_an_installation_that_does_not_fit_together(check, program, monkeypatch)
 def test_a_device_that_is_not_there_or_not_usable(check, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert check("-m", "wwts_cn_lite", "-d", "cuda") == ["device", "weights"]
-    monkeypatch.setattr(check_module, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(infer_module, "has_nvidia_gpu", lambda: True)
     assert check("-m", "wwts_cn_lite") == ["device"] and "用不了" in check.details["device"]
 
 
 def test_a_gpu_is_described(check, monkeypatch, tmp_path):
-    monkeypatch.setattr(check_module, "choose_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(infer_module, "choose_device", lambda name: torch.device("cuda:1"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 24 * 2**30))
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -12,12 +12,12 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
+import infer as infer_module
+
 import pytest
 import torch
 from conftest import ROOT, SAMPLES
 from PIL import Image
-
-import infer as infer_module
 
 CAT, COFFEE, PALACE, TRIPOD = SAMPLES
 LITE = ("-m", "wwts_cn_lite")
@@ -526,3 +526,8 @@ def test_the_password_of_a_cache_is_not_shown(infer_here, tiny_graph):
     pytest.importorskip("redis")
     result = infer_here(*tiny_graph, CAT, "--cache", "redis://user:secret@127.0.0.1:1/0")
     assert result.returncode == 0 and "secret" not in result.stderr and result.stderr.count("[WARN]") == 1
+
+
+def test_images_may_stand_on_both_sides_of_options(infer_here, tiny_graph):
+    result = infer_here(SAMPLES[0], *tiny_graph, SAMPLES[1], "-k", "1", SAMPLES[2], "-f", "jsonl")
+    assert [record["path"] for record in records(result)] == [str(path) for path in SAMPLES[:3]]

@@ -1,5 +1,6 @@
 """Where the program runs: bad disks, no home, no terminal, closed streams, warnings as errors."""
 
+import ast
 import json
 import os
 import shlex
@@ -93,3 +94,16 @@ def test_closed_streams(tiny_graph, tmp_path):
         assert record["results"]
         out.unlink()
     assert b"RESULT" in subprocess.run(["sh", "-c", f"{command} 2>&-"], cwd=ROOT, stdout=subprocess.PIPE).stdout
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_every_script_says_that_python_is_too_old_instead_of_a_traceback(script):
+    """From 3.8 on: what an older parser refuses would come before the first line that could say so."""
+    ast.parse((ROOT / script).read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("script", ["infer", "bench", "check", "export", "learn", "report"])
+def test_a_missing_package_is_one_line(infer, tmp_path, script):
+    (tmp_path / "numpy.py").write_text("raise ImportError('no numpy')")
+    result = infer("x", script=script, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 3 and result.stderr.count("\n") == 1 and "pip install" in result.stderr

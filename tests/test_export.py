@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import infer as infer_module
+
 import onnx
 import pytest
 import torch
@@ -14,7 +16,6 @@ from conftest import ROOT, SAMPLES
 
 import export
 import hubconf
-import infer as infer_module
 
 LITE = ("-m", "wwts_cn_lite")
 CAT = SAMPLES[0]

@@ -18,12 +18,12 @@ import termios
 import time
 from pathlib import Path
 
+import infer as infer_module
+
 import pytest
 import torch
 from conftest import ROOT, SAMPLES
 from PIL import Image
-
-import infer as infer_module
 
 LITE = ("-m", "wwts_cn_lite")
 
@@ -550,11 +550,23 @@ def test_shares_with_failures_and_of_other_numbers_of_processes(infer, tiny_grap
     assert result.returncode == 0 and not (tmp_path / "out.rank2.jsonl").exists()
 
 
-def test_heic_photos_are_counted_and_told_how_to_read(infer_here, tiny_graph, tmp_path, monkeypatch):
-    monkeypatch.setattr(infer_module, "_register_heif", lambda: False)
+def test_heic_photos_are_counted_and_told_how_to_read(infer, tiny_graph, tmp_path):
+    (tmp_path / "pillow_heif.py").write_text("raise ImportError('not installed')")
     heic = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(50)
     for name in ("1.heic", "2.HEIC", "3.jpg"):
         (tmp_path / name).write_bytes(heic)
-    result = infer_here(*tiny_graph, tmp_path, "-f", "jsonl")
+    result = infer(*tiny_graph, tmp_path, "-f", "jsonl", env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1 and result.stderr.count("pip install pillow-heif") == 2
     assert "跳过了 2 个 .heic 文件" in result.stderr and "pillow-heif" in json.loads(result.stdout)["error"]
+
+
+def test_heic_photos_are_read_where_the_package_is_installed(infer, tiny_graph, tmp_path):
+    """Found in a folder by their name, and read by their content under any other."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    with Image.open(SAMPLES[0]) as image:
+        pillow_heif.from_pillow(image).save(tmp_path / "1.heic", quality=90)
+    shutil.copy(tmp_path / "1.heic", tmp_path / "2.jpg")
+    result = infer(*tiny_graph, tmp_path, "-f", "jsonl")
+    assert result.returncode == 0 and "跳过" not in result.stderr, result.stderr
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert first["results"] == second["results"] and first["path"].endswith("1.heic")

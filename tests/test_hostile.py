@@ -24,6 +24,8 @@ import time
 import zlib
 from pathlib import Path
 
+import infer as infer_module
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import hubconf
-import infer as infer_module
 
 CAT = SAMPLES[0]
 GIB = 2**30

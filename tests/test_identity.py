@@ -6,6 +6,8 @@ import re
 import shutil
 import sys
 
+import infer as infer_module
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ from torchvision import transforms
 import check as check_module
 import export as export_module
 import hubconf
-import infer as infer_module
 
 CAT, COFFEE = SAMPLES[:2]
 LITE = ("-m", "wwts_cn_lite", "-d", "cpu")

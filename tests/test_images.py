@@ -5,14 +5,14 @@ import os
 import struct
 import zlib
 
+import infer
+
 import numpy as np
 import pytest
 import torch
 from conftest import SAMPLES
 from PIL import Image, ImageOps
 from torchvision import transforms
-
-import infer
 
 infer.import_torch()
 

@@ -3,10 +3,10 @@
 import json
 import re
 
+import infer
+
 import pytest
 from conftest import ROOT
-
-import infer
 
 # Names that Chinese speakers write with Latin letters.
 WITH_LATIN_LETTERS = {"CD播放器", "iPod", "T恤", "福特T型车"}

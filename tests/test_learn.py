@@ -14,13 +14,14 @@ import sys
 import time
 from pathlib import Path
 
+import infer as infer_module
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SAMPLES
 from PIL import Image
 
-import infer as infer_module
 import learn as learn_module
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="learning needs safetensors")

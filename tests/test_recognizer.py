@@ -13,13 +13,13 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import infer as infer_module
+from infer import ModelError, Recognizer, UsageError
+
 import pytest
 import torch
 from conftest import SAMPLES, make_graph
 from PIL import Image, ImageOps
-
-import infer as infer_module
-from infer import ModelError, Recognizer, UsageError
 
 CAT, COFFEE, PALACE, TRIPOD = SAMPLES
 
