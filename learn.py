@@ -77,13 +77,15 @@ def read_table(path: str) -> dict[str, str]:
             text = data.decode("gb18030", "replace")  # as Excel saves it
         rows = csv.DictReader(io.StringIO(text, newline=""))
         for row in rows:
-            # infer.py and report.py put a ' before what a spreadsheet would take for a formula.
-            photo, label = (re.sub("^'(?=[-=+@'])", "", row[key] or "") for key in ("path", "label"))
-            if not photo or not label.strip():
+            photo, label = row["path"] or "", (row["label"] or "").strip()
+            if not photo or not label:
                 raise infer.UsageError(f"{path} 第 {rows.line_num} 行缺少 path 或 label")
-            places = [Path(folder, name) for name in (row["path"], photo) for folder in ("", Path(path).parent)]
-            labels[os.path.abspath(next(filter(os.path.exists, places), photo))] = label.strip()
-    except (KeyError, csv.Error, OSError) as error:
+            names = (photo, infer.unescape_cell(photo))  # the latter where it comes from a result of infer.py
+            places = [Path(folder, name) for name in names for folder in ("", Path(path).parent)]
+            # A ' keeps spreadsheets from taking what follows for a formula.
+            label = re.sub("^'(?=[-=+@'])", "", label)
+            labels[os.path.abspath(next(filter(os.path.exists, places), photo))] = label
+    except (KeyError, ValueError, csv.Error, OSError) as error:
         expected = "应是 CSV 文件,第一行是 path,label,以后每行一张照片"
         raise infer.UsageError(f"{path} {expected}({infer.one_line(error)})") from error
     return labels
@@ -575,7 +577,9 @@ def finetune(
                 bar.set_postfix_str(f"第 {epoch}/{epochs} 轮,损失 {numpy.mean(losses):.3f}")
                 bar.update(1)
         seen = look_at(paths, network._replace(run=run_torch(engine)), arguments, Store(Path(":memory:")))
-        logits = numpy.stack([look.rows[0] for look in seen.values()])
+        if gone := [path for path in paths if isinstance(seen[path], str)]:
+            raise infer.UsageError(f"{gone[0]}: {seen[gone[0]]}。请放回照片,加上 --resume 接着做")
+        logits = numpy.stack([seen[path].rows[0] for path in paths])
         divisor = find_temperature(logits, labels[held])
         judged = judge(labels[held], answer(logits / divisor, None, labels[held]), names)
         share = f"没有参加训练的照片正确率 {judged['accuracy']:.1%}(此前最高 {best:.1%})"
@@ -646,15 +650,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not arguments.resume:  # or else it may be the best network so far
         checkpoint.unlink(missing_ok=True)
-        write(
-            {"weight": numpy.float32(head[0]), "bias": numpy.float32(head[1])}, report["cross_validation"], whole=False
-        )
+        tensors = dict(zip(("weight", "bias"), map(numpy.float32, head), strict=True))
+        write(tensors, report["cross_validation"], whole=False)
         log.info("已学好 %d 类、%d 张照片,存入 %s", len(names), len(given), output)
     if epochs:
         log.info("接着训练整个网络。随时可以中断: 存着的总是最好的一轮,加上 --resume 接着做")
         held = known & (folds == numpy.bincount(folds[known]).argmax())
         frozen = float((answers[:, 0] == given)[held].mean())
-        if result := finetune(arguments, network, photos, held, frozen, write):
+        try:
+            result = finetune(arguments, network, photos, held, frozen, write)
+        except (ImportError, RuntimeError) as error:
+            remedy = "显存不足请改用 -d cpu,torchvision 不能用请重新安装;加上 --resume 接着做"
+            raise infer.ModelError(f"训练出错: {infer.one_line(error)}。{remedy}") from error
+        if result:
             report["held_out"], head = result, None
             model = infer.load_learned_model(str(output), *arguments.source)
             engine = infer.TorchEngine(model, arguments.device, arguments.dtype)
@@ -665,10 +673,8 @@ def run(arguments: argparse.Namespace) -> int:
         elsewhere, _ = collect([arguments.test])
         if unknown := sorted(set(elsewhere.values()).difference(names)):
             log.warning("%s 里的这些类别没有学过,不参加检验: %s", arguments.test, "、".join(unknown))
-        paths, digests = (
-            [path for path in elsewhere if elsewhere[path] in counts],
-            {seen[path].digest for path in learned},
-        )
+        digests = {seen[path].digest for path in learned}
+        paths = [path for path in elsewhere if elsewhere[path] in counts]
         seen = look_at(paths, network, arguments, store)
         seen = {path: look for path, look in seen.items() if isinstance(look, Look) and look.digest not in digests}
         if len(seen) < len(paths):

@@ -323,6 +323,7 @@ def test_corrections_overrule_folders(learn, goods, tmp_path, encoding):
 def test_odd_names_of_photos_as_the_page_of_report_writes_them(learn, goods, tmp_path):
     """改正.csv keeps spaces and backslashes of paths, and puts ./ or ' before what would be a formula."""
     written = {" 空格 .png": " 空格 .png", "=1.png": "./=1.png", "'q.png": "./'q.png", "a\\b.png": "a\\b.png"}
+    written["c\\d.png"] = "c\\\\d.png"  # as infer.py's own results have it
     with open(tmp_path / "改正.csv", "w", encoding="utf-8-sig", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(("path", "label"))
@@ -331,7 +332,7 @@ def test_odd_names_of_photos_as_the_page_of_report_writes_them(learn, goods, tmp
             rows.writerow((path, "'=特价" if number < 2 else "''引号"))
     assert learn(goods, tmp_path / "改正.csv", "--report", tmp_path / "r.json").returncode == 0
     photos = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["photos"]
-    assert photos == {"红": 6, "绿": 6, "蓝": 6, "=特价": 2, "'引号": 2}
+    assert photos == {"红": 6, "绿": 6, "蓝": 6, "=特价": 2, "'引号": 3}
 
 
 def test_what_cannot_be_learned_from_is_named_and_left_out(learn, goods, tmp_path):
