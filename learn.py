@@ -359,8 +359,8 @@ def log_softmax(logits: numpy.ndarray) -> numpy.ndarray:
 def find_temperature(logits: numpy.ndarray, given: numpy.ndarray) -> float:
     """What logits (N×classes) are to be divided by so that their softmax best foretells the given labels.
 
-    Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599, section 4.2. Where all answers are right, half
-    an error is added, for the strongest other labels: even N right answers make none certain.
+    Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599, section 4.2. Where all answers are right,
+    half an error is added, for the strongest other labels: even N right answers make none certain.
     """
     rows, others = numpy.arange(len(given)), logits.copy()
     doubt = (logits.argmax(1) == given).all() / (2 * len(given) + 2)
@@ -371,7 +371,7 @@ def find_temperature(logits: numpy.ndarray, given: numpy.ndarray) -> float:
         logarithms = log_softmax(logits / temperature)
         return -(1 - doubt) * logarithms[rows, given].mean() - doubt * logarithms[rows, rivals].mean()
 
-    best = min(numpy.geomspace(0.01, 1000, 60), key=loss)
+    best = min(numpy.geomspace(0.01, 100000, 80), key=loss)
     return min(numpy.geomspace(best / 1.2, best * 1.2, 20), key=loss)
 
 
