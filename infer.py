@@ -136,6 +136,7 @@ DRAFT_MARGIN = 2
 # What cameras and phones write and Pillow by itself does not read; and what to do about it.
 UNREAD = dict.fromkeys((".heic", ".heif"), "要识别请运行: pip install pillow-heif")
 UNREAD |= dict.fromkeys(".jxl .avif .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split(), "要识别请先转成 .jpg")
+USE_GPU = "请运行: pip uninstall onnxruntime,再运行: pip install onnxruntime-gpu;或改用 -d cpu"
 REINSTALL = "请运行: pip install --force-reinstall torch torchvision"
 
 log = logging.getLogger("wwts")
@@ -840,7 +841,7 @@ class TorchEngine:
 
 
 class OnnxEngine:
-    """A graph that export.py wrote, run by ONNX Runtime on the CPU; neither torch nor torchvision is imported.
+    """A graph that export.py wrote, run by ONNX Runtime on the CPU or on CUDA in float32; torch is not imported.
 
     Attributes: ``spec``, ``version`` and ``device_name`` for people. ``labels`` replace the graph's own. The
     version is that of the file's content, unless it is known of which model the graph was made.
@@ -854,6 +855,7 @@ class OnnxEngine:
         labels: list[str] | None = None,
         version: str | None = None,
         draft: bool = False,
+        device: str = "cpu",
     ):
         if not os.path.isfile(path):
             raise ModelError(f"找不到 ONNX 文件 {path}")
@@ -864,7 +866,16 @@ class OnnxEngine:
                 raise ModelError(f"ONNX 文件 {path} 超过 2 GiB,不是 export.py 导出的")
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # what goes wrong is said here, in one line
-            self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
+            provider: Any = "CPUExecutionProvider"
+            if device.startswith("cuda"):
+                self.device_name, name = f"{device} (ONNX Runtime)", "CUDAExecutionProvider"
+                # TF32 would cost float32 its promise that CPU and CUDA agree within 1e-3.
+                provider = (name, {"device_id": int(device.partition(":")[2] or 0), "use_tf32": 0})
+                if name not in onnxruntime.get_available_providers():
+                    raise ModelError(f"装的 onnxruntime 用不了 {device}。{USE_GPU}")
+            self._session = onnxruntime.InferenceSession(os.fspath(path), options, [provider])
+            if device.startswith("cuda") and name not in self._session.get_providers():  # it does not say so itself
+                raise ModelError(f"ONNX Runtime 用不了 {device},请用 nvidia-smi 检查显卡和驱动。{USE_GPU}")
             text = self._session.get_modelmeta().custom_metadata_map.get("wwts_spec")
             content = version or self._hash_content(path)  # which the session has found sound, and no file outside it
         if text is None:
@@ -1036,13 +1047,14 @@ class Recognizer:
         if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold <= 1:
             raise UsageError(f"threshold 应为 0 到 1 之间的数,而不是 {self.threshold!r}")
         self.model_is_file = str(self.model).endswith(".onnx")
-        self._fits_onnx = self.device in ("auto", "cpu") and self.dtype in ("auto", "float32")
+        on_cuda = self.device.startswith("cuda") and (self.engine == "onnx" or self.model_is_file)
+        self._fits_onnx = (self.device in ("auto", "cpu") or on_cuda) and self.dtype in ("auto", "float32")
         if self.model_is_file and (self.engine == "torch" or self.weights or self.repo or not self._fits_onnx):
             raise UsageError(
-                "ONNX 文件自带权重,在 CPU 上以 float32 运行,不能与 --weights、--repo、--engine torch、-d、--dtype 同用"
+                "ONNX 文件自带权重,以 float32 运行,不能与 --weights、--repo、--engine torch、-d mps、--dtype 同用"
             )
         if self.engine == "onnx" and not self._fits_onnx:
-            raise UsageError("--engine onnx 只在 CPU 上以 float32 运行;请去掉 -d 和 --dtype")
+            raise UsageError("--engine onnx 只在 CPU 或 CUDA 上以 float32 运行;请去掉 --dtype 和 -d mps")
         self.workers = self.workers or min(os.cpu_count() or 1, 16)
         self.offline = self.offline or os.environ.get("WWTS_OFFLINE", "0") not in ("", "0")
         self._cache = Cache(self.cache) if self.cache else None
@@ -1105,7 +1117,7 @@ class Recognizer:
 
     def _load(self) -> TorchEngine | OnnxEngine:
         if self.model_is_file:
-            return OnnxEngine(self.model, self.labels and read_labels(self.labels), draft=self.draft)
+            return OnnxEngine(self.model, self.labels and read_labels(self.labels), None, self.draft, self.device)
         if self._known and (engine := self._load_kept_graph(self._known)):
             return engine
         name = self.model or (self._known["name"] if self._known else DEFAULT_MODEL)
@@ -1145,7 +1157,7 @@ class Recognizer:
         if self.engine == "torch" or on_gpu or not self._fits_onnx or not recall(path.parent.name):
             return None
         try:
-            return OnnxEngine(path, version=known["versions"][self.draft], draft=self.draft)
+            return OnnxEngine(path, None, known["versions"][self.draft], self.draft, self.device)
         except ModelError as error:
             if self.engine == "onnx":
                 raise
@@ -1175,7 +1187,9 @@ class Recognizer:
             os.environ.get(variable) for variable in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE") if not self.weights
         ]
         default = self.offline if self.model is None else None  # with a network the default may be another model
-        dtype = ("float32" if self._on_cpu else "float16") if self.dtype == "auto" else self.dtype
+        dtype = (
+            ("float32" if self._on_cpu or self.engine == "onnx" else "float16") if self.dtype == "auto" else self.dtype
+        )
         return "model-" + digest(str(HERE), self.model, *paths, *places, default, dtype)[:16]
 
     # Images

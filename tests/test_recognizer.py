@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import infer as infer_module
@@ -124,6 +125,7 @@ def test_the_model_is_loaded_once_by_however_many_threads(fast, monkeypatch):
 def test_a_model_that_fails_is_loaded_once(infer_here, photos, tmp_path, cache):
     (tmp_path / "hubconf.py").write_text(f"""
 import time
+import warnings
 def failing():
     with open({str(tmp_path / "calls")!r}, "a") as file:
         file.write("x")
@@ -348,7 +350,7 @@ def test_what_is_no_image_is_an_error_record(fast, tmp_path):
         ({"batch_size": 0}, "batch"),
         ({"batch_size": "8"}, "batch"),
         ({"cache": "http://example.com"}, "cache"),
-        ({"model": "x.onnx", "device": "cuda"}, "ONNX"),
+        ({"model": "x.onnx", "device": "mps"}, "ONNX"),
         ({"model": "x.onnx", "repo": "."}, "ONNX"),
         ({"engine": "onnx", "dtype": "float16"}, "onnx"),
     ],
@@ -683,3 +685,27 @@ def test_odd_entry_points_work(infer_here, foreign, entry):
 def test_given_weights_are_used_where_an_entry_has_a_default_of_its_own(infer_here, foreign):
     command = ("--repo", foreign, "-m", "own_default", CAT, "-f", "jsonl", "-k", "1", "--weights", "others")
     assert json.loads(infer_here(*command).stdout)["results"][0]["index"] == 0
+
+
+def test_a_graph_on_cuda_says_what_is_missing(infer_here, tiny_graph, monkeypatch):
+    """ONNX Runtime itself goes on with the CPU, and says nothing."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is installed")
+    command = (*tiny_graph, SAMPLES[0], "-d", "cuda:0")
+    result = infer_here(*command)
+    assert result.returncode == 3 and result.stdout == "" and "pip install onnxruntime-gpu" in result.stderr
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # onnxruntime's own, of a provider that is not there
+        result = infer_here(*command)
+    assert result.returncode == 3 and result.stdout == "" and "nvidia-smi" in result.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_graph_on_cuda_answers_alike(infer_here, tiny_graph):
+    if "CUDAExecutionProvider" not in pytest.importorskip("onnxruntime").get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    rows = [json.loads(infer_here(*tiny_graph, SAMPLES[0], "-d", d, "-f", "jsonl").stdout) for d in ("cpu", "cuda")]
+    for one, other in zip(*(row["results"] for row in rows), strict=True):
+        assert one["label"] == other["label"] and abs(one["confidence"] - other["confidence"]) < 1e-3
