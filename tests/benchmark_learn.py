@@ -17,11 +17,9 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from infer import Parser, add_model_options
+from infer import Parser, add_model_options, cache_folder
 
 import learn
-from learning.classifier import Photos, answer, assign_folds, cross_validate, fit_head, judge, root
-from learning.features import Features, open_backbone
 
 ROWS = "学习得到的头", "同上,不看第二眼", "逻辑回归", "最近的类中心", "最近的一张照片"
 
@@ -30,39 +28,38 @@ def main():
     parser = Parser("benchmark_learn.py", __doc__)
     add_model_options(parser, leave_out=("labels",))
     arguments = parser.parse_args(["-m", "wwts_cn_lite"])
-    parts = [learn.collect_photos([folder])[0] for folder in sys.argv[1:3]]
+    arguments.source = (None, False, None, None, False)
+    parts = [learn.collect([folder])[0] for folder in sys.argv[1:3]]
     names = sorted(set(parts[0].values()))
-    store = Features(open_backbone(arguments, 1000))
-    data = []
-    for share, labels in zip((learn.SECOND_LOOKS, 0), parts, strict=True):
-        seen = store.compute(list(labels), share, arguments)
-        _, features, times = store.read(list(seen.values()))
-        again, nearer, _ = store.read(list(seen.values()), copy=1)  # of the test photos none
-        given = np.array([names.index(label) for label in labels.values()])
-        data.append(Photos(given, root(features), times, again, root(nearer) - root(features)[again]))
-    train, test = data
+    network, store = learn.open_backbone(arguments, 1000), learn.Store(cache_folder() / "features.sqlite")
+    shares = (max(learn.LEAST / len(parts[0]), learn.SECOND_LOOKS), 0)
+    train, test = (
+        learn.gather(labels, learn.look_at(list(labels), network, arguments, store, share))
+        for labels, share in zip(parts, shares, strict=True)
+    )
     for number in (1, 3, 5, 10, 20):
         results = []
         for seed in range(1 if number == 20 else 10):
             random = np.random.default_rng(seed)
             order = random.permutation(len(train.labels))
             rows = np.concatenate([order[train.labels[order] == label][:number] for label in range(len(names))])
-            results.append([(answers == test.labels).mean() for answers in all_heads(train, test, rows, len(names))])
+            results.append([(answers == test.labels).mean() for answers in all_heads(train, test, rows)])
         means = " ".join(f"{name} {value:.1%}" for name, value in zip(ROWS, np.mean(results, 0), strict=True))
         print(f"每类 {number} 张: {means}")
-    temperature, judged, answers = cross_validate(train, assign_folds(train, len(names)), len(names))
-    head = fit_head(train, np.arange(len(train.labels)), len(names))
-    print(f"交叉验证正确率 {(answers[:, 0] == train.labels[judged]).mean():.1%},温度 {temperature:.1f}")
+    temperature, _, answers = learn.cross_validate(train)
+    weight, bias = learn.fit_head(train, np.arange(len(train.labels)))
+    print(f"交叉验证正确率 {(answers[:, 0] == train.labels).mean():.1%},温度 {temperature:.1f}")
     for title, divisor in (("校准前", 1.0), ("校准后", temperature)):
-        facts = judge(test.labels, answer(test.features, head, divisor, test.labels), names)
+        answers = learn.answer(test.features, (weight / divisor, bias / divisor), test.labels)
+        facts = learn.judge(test.labels, answers, names)
         print(f"{title}: 正确率 {facts['accuracy']:.1%},校准误差 {facts['calibration_error']:.3f}")
 
 
-def all_heads(train, test, rows, classes):
+def all_heads(train, test, rows):
     """The answers of each head, learned from some rows, to the test photos."""
     labels, none = train.labels[rows], train._replace(again=train.again[:0], changes=train.changes[:0])
     for photos in (train, none):
-        weight, bias = fit_head(photos, rows, classes)
+        weight, bias = learn.fit_head(photos, rows)
         yield (test.features @ weight.T + bias).argmax(1)
     plain, others = (normalize(photos.features**2) for photos in (train, test))
     for head in (LogisticRegression(C=100, max_iter=1000), NearestCentroid(), KNeighborsClassifier(1)):

@@ -562,8 +562,7 @@ def test_as_a_process(photos):
 @pytest.mark.skipif(not (ROOT / "learn.py").is_file(), reason="needs learn.py")
 def test_recognise_look_correct_learn(infer, home, page, make_report, tmp_path):
     """What is corrected on the page is learned: the same photos get the new label."""
-    for library in ("scipy", "safetensors"):
-        pytest.importorskip(library)
+    pytest.importorskip("safetensors")
     rng = np.random.default_rng(0)
     for source, folder in zip(SAMPLES, ("商品/猫", "商品/咖啡", "新照片"), strict=False):
         (tmp_path / folder).mkdir(parents=True)
