@@ -23,6 +23,8 @@ from conftest import ROOT, SAMPLES
 from PIL import Image
 
 import learn as learn_module
+from learning import classifier, training
+from learning import features as features_module
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="learning needs safetensors")
 
@@ -176,7 +178,7 @@ def test_scikit_learn_agrees_with_the_network(learned):
     labels = np.unique(given, return_inverse=True)[1]
     photos = make_photos(labels, np.sqrt(train))
     temperature = 17.0
-    head = learn_module.fit_head(photos, np.arange(len(labels)))
+    head = classifier.fit_head(photos, np.arange(len(labels)))
     weight, bias = ((part - part.mean(0)) / temperature for part in head)  # as learn.py does
     # The file with this head in place of what was learned.
     tensors = {"weight": np.float32(weight), "bias": np.float32(bias)}
@@ -193,7 +195,7 @@ def make_photos(labels, features):
     count, width = features.shape
     nothing = np.zeros(0, int), np.zeros((0, width))
     names, paths = [str(label) for label in range(max(labels) + 1)], [f"{row}.jpg" for row in range(count)]
-    return learn_module.Photos(names, paths, labels, features, np.full(count, np.nan), *nothing)
+    return classifier.Photos(names, paths, labels, features, np.full(count, np.nan), *nothing)
 
 
 def all_confidences(model, folder):
@@ -459,18 +461,18 @@ def test_photos_of_one_moment_stay_in_one_fold():
     views = np.repeat(random.normal(size=(8, 50)), 3, axis=0)
     labels = np.repeat([0, 1], 12)
     alike = make_photos(labels, views + random.normal(0, 0.05, views.shape))
-    folds = learn_module.assign_folds(alike).reshape(8, 3)
+    folds = classifier.assign_folds(alike).reshape(8, 3)
     assert (folds == folds[:, :1]).all() and all(len(set(part[:, 0])) == 4 for part in (folds[:4], folds[4:]))
     # Nothing alike, but three photos each within a minute, in no order.
     index = np.arange(24) % 12
     times = index % 4 * 1000.0 + np.array([0, 30, 70])[index // 4]
     apart = alike._replace(features=random.normal(size=(24, 50)), times=times)
-    folds = learn_module.assign_folds(apart)
+    folds = classifier.assign_folds(apart)
     for label, moment in itertools.product((0, 1), range(4)):
         assert len(set(folds[(labels == label) & (times // 1000 == moment)])) == 1
     # All of one view: each photo for itself, or nothing could be judged.
     same = alike._replace(features=np.ones((24, 50)))
-    assert np.bincount(learn_module.assign_folds(same)[:12]).max() <= 3
+    assert np.bincount(classifier.assign_folds(same)[:12]).max() <= 3
 
 
 def test_calibration_finds_the_temperature_that_confidences_were_spoilt_with():
@@ -478,11 +480,11 @@ def test_calibration_finds_the_temperature_that_confidences_were_spoilt_with():
     logits = random.normal(0, 2, (4000, 5))
     confidences = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     given = np.array([random.choice(5, p=row) for row in confidences])
-    assert 6 < learn_module.find_temperature(logits * 7, given) < 8.2
-    judged = learn_module.judge(given, learn_module.answer(logits, None, given), list("abcde"))
-    spoilt = learn_module.judge(given, learn_module.answer(logits * 7, None, given), list("abcde"))
+    assert 6 < classifier.find_temperature(logits * 7, given) < 8.2
+    judged = classifier.judge(given, classifier.answer(logits, None, given), list("abcde"))
+    spoilt = classifier.judge(given, classifier.answer(logits * 7, None, given), list("abcde"))
     assert judged["calibration_error"] < 0.03 < 0.1 < spoilt["calibration_error"]
-    answers = learn_module.answer(logits, None, given)
+    answers = classifier.answer(logits, None, given)
     kept = answers[:, 1] >= judged["threshold"]
     assert (answers[kept, 0] == given[kept]).mean() >= 0.95 and abs(kept.mean() - judged["answered"]) < 1e-3
 
@@ -491,7 +493,7 @@ def test_calibration_finds_the_temperature_that_confidences_were_spoilt_with():
 
 
 def test_training_writes_a_whole_network_only_if_it_is_better(learn, goods, infer_here, monkeypatch):
-    monkeypatch.setattr(learn_module, "MANY_STEPS", 1)
+    monkeypatch.setattr(training, "MANY_STEPS", 1)
     assert learn(goods, "--finetune", "2").returncode == 0
     assert not Path(f"{learn.output}.checkpoint").exists()
     before = safetensors.load_file(learn.output)
@@ -532,7 +534,7 @@ def test_the_time_taken_is_read_from_photos(tmp_path):
     image, exif = Image.new("RGB", (8, 8)), Image.Exif()
     exif.get_ifd(0x8769)[0x9003] = "2024:05:06 07:08:09"
     image.save(tmp_path / "a.jpg", exif=exif)
-    taken = learn_module.time_taken((tmp_path / "a.jpg").read_bytes())
+    taken = features_module.time_taken((tmp_path / "a.jpg").read_bytes())
     assert datetime.datetime.fromtimestamp(taken) == datetime.datetime(2024, 5, 6, 7, 8, 9)
     image.save(tmp_path / "b.jpg")
-    assert np.isnan(learn_module.time_taken((tmp_path / "b.jpg").read_bytes()))
+    assert np.isnan(features_module.time_taken((tmp_path / "b.jpg").read_bytes()))
