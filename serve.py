@@ -73,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.port <= 65535 or arguments.max_bytes < 1 or arguments.queue < 1:
         raise infer.UsageError("--port 应在 0 到 65535 之间,--max-bytes 和 --queue 应为不小于 1 的整数")
     if not arguments.token and not arguments.no_token and not is_local(arguments.host):
-        raise infer.UsageError(f"监听 {arguments.host} 时别的机器也能用,请用 --token 设口令;确实不要口令,请写 --no-token")
+        raise infer.UsageError(
+            f"监听 {arguments.host} 时别的机器也能用,请用 --token 设口令;确实不要口令,请写 --no-token"
+        )
     if not PAGE.is_file():
         raise infer.ModelError(f"缺少网页 {PAGE};请重新下载本项目")
     import uvicorn

@@ -5,8 +5,10 @@ import asyncio
 import dataclasses
 import hmac
 import logging
+import math
 import secrets
 import time
+from concurrent.futures import Future
 from typing import Annotated, Any
 
 import prometheus_client
@@ -19,10 +21,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import infer
-from serving.lanes import MOST_TOPK, BusyError, Service, estimate_pixels
+from serving.lanes import MOST_TOPK, BusyError, Service, estimate_cost
 from serving.uploads import MOST_IMAGES, Intake
 
-POLICY = "default-src 'none'; img-src blob:; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; "
+POLICY = "default-src 'none'; img-src data:; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; "
 POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 REQUESTS = prometheus_client.Counter("wwts_requests", "Requests by path and status", ["path", "status"])
@@ -122,7 +124,8 @@ def describe_problem(request: Request, error: Exception) -> JSONResponse:
     status, headers, message = 500, None, "服务内部出错"
     if isinstance(error, HTTPException):
         status, headers, message = error.status_code, error.headers, error.detail
-        message = {404: "没有这个地址", 405: f"这个地址不接受 {request.method}"}.get(status, message)
+        own = {400: "multipart 的内容不完整或有误", 404: "没有这个地址", 405: f"这个地址不接受 {request.method}"}
+        message = own.get(status, message)  # in place of what Starlette says
     elif isinstance(error, RequestValidationError | pydantic.ValidationError):
         name = str(error.errors()[0]["loc"][-1])
         status, message = 422, f"{name} 应为 {RANGES[name]}" if name in RANGES else f"没有 {name!r} 这个参数"
@@ -137,10 +140,22 @@ def describe_problem(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": message}, status, headers)
 
 
-async def until_gone(request: Request) -> None:
-    """Wait until the client has closed its connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def unless_gone(request: Request, futures: list[Future[infer.Result]]) -> list[infer.Result]:
+    """The results of futures, which are cancelled if the client closes its connection: then ClientDisconnect."""
+
+    async def until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answers, gone = asyncio.gather(*map(asyncio.wrap_future, futures)), asyncio.create_task(until_gone())
+    try:
+        await asyncio.wait([answers, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not answers.done():
+            raise ClientDisconnect
+        return answers.result()
+    finally:
+        gone.cancel()
+        answers.cancel()
 
 
 def build_app(arguments: argparse.Namespace, page: str) -> FastAPI:
@@ -170,26 +185,19 @@ def build_app(arguments: argparse.Namespace, page: str) -> FastAPI:
         """Recognise images: a record for one, a list of records for several."""
         async with intake.read(request) as upload:
             asked = Parameters.model_validate(parameters.model_dump(exclude_unset=True) | upload.fields)
-            contents = [content for _, content in upload.images]
-            pixels = await asyncio.to_thread(lambda: [*map(estimate_pixels, contents)])
-            futures = service.put([*zip(contents, pixels, strict=True)])
-            answers = asyncio.gather(*map(asyncio.wrap_future, futures))
-            gone = asyncio.create_task(until_gone(request))
-            try:
-                await asyncio.wait([answers, gone], return_when=asyncio.FIRST_COMPLETED)
-                if not answers.done():
-                    raise ClientDisconnect
-                results = answers.result()
-            finally:
-                gone.cancel()
-                answers.cancel()
+            images = [content for _, content in upload.images if content is not None]
+            costs = await asyncio.to_thread(lambda: [*map(estimate_cost, images)])
+            results = iter(await unless_gone(request, service.put(images, costs)))
+        name, version, _ = service.recognizer.identify()
+        too_large = infer.Result("", name, version, error=f"图片超过 {arguments.max_bytes:,} 字节")
         records = []
-        for (name, _), result in zip(upload.images, results, strict=True):
+        for path, content in upload.images:
+            result = too_large if content is None else next(results)
             kept = tuple(p for p in result.predictions[: asked.topk] if p.confidence >= asked.threshold)
-            records.append(dataclasses.replace(result, path=name, predictions=kept).record())
+            records.append(dataclasses.replace(result, path=path, predictions=kept).record())
         if upload.several:
             return JSONResponse(records)
-        return JSONResponse(records[0], 200 if "results" in records[0] else 413 if pixels[0] == float("inf") else 422)
+        return JSONResponse(records[0], 200 if "results" in records[0] else 413 if costs in ([], [math.inf]) else 422)
 
     def describe_model() -> Model:
         identity = service.recognizer.identify()

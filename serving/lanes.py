@@ -28,7 +28,7 @@ class BusyError(Exception):
     """There are as many images waiting as may be."""
 
 
-def estimate_pixels(data: bytes) -> float:
+def estimate_cost(data: bytes) -> float:
     """The pixels that decoding has to write; 0 where Pillow cannot tell, infinity where they are too many for it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -126,15 +126,15 @@ class Service:
         limits = self._arguments.queue, max(self._arguments.queue // 8, 1)
         self.recognizer, self.lanes = recognizer, [Lane(recognizer, limit) for limit in limits]
 
-    def put(self, images: list[tuple[bytes, float]]) -> list[Future[infer.Result]]:
-        """Take image files with their pixels, all or none; raises BusyError where too many wait.
+    def put(self, images: list[bytes], costs: list[float]) -> list[Future[infer.Result]]:
+        """Take image files with what they cost, all or none; raises BusyError where too many wait.
 
         An idle lane takes any number.
         """
-        numbers = [int(pixels > LARGE) for _, pixels in images]
+        numbers = [int(cost > LARGE) for cost in costs]
         for number, lane in enumerate(self.lanes):
             if lane.error is not None:
                 lane = self.lanes[number] = Lane(self.recognizer, lane.limit)
             if len(lane) and numbers.count(number) and len(lane) + numbers.count(number) > lane.limit:
                 raise BusyError
-        return [self.lanes[number].put(data) for number, (data, _) in zip(numbers, images, strict=True)]
+        return [self.lanes[number].put(image) for number, image in zip(numbers, images, strict=True)]

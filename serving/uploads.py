@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_IMAGES = 64  # of one request
 READ_SECONDS = 60  # for a request to arrive
-MOST_HEAD = 2**16  # bytes of a request line with headers
+MOST_HEAD = 2**19  # bytes of a request line with headers, and of what arrived together with their end
 # Bytes of a request with several images, and of all requests together, in times of those of an image.
 REQUEST, TOGETHER = 8, 16
 
@@ -32,14 +32,14 @@ class Protocol(HttpToolsProtocol):
         self.deadline = self.loop.call_later(READ_SECONDS + 1, transport.close)
 
     def data_received(self, data: bytes) -> None:
+        super().data_received(data)
         self.head += len(data)
         if self.head > MOST_HEAD:
             self.transport.close()
-        else:
-            super().data_received(data)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.head = 0.0
         self.deadline.cancel()
         self.deadline = self.loop.call_later(READ_SECONDS + 1, self.transport.close)
 
@@ -48,7 +48,6 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self.head = 0.0
         self.deadline.cancel()
         super().on_message_complete()
 
@@ -61,9 +60,12 @@ class Protocol(HttpToolsProtocol):
 
 
 class Upload(NamedTuple):
-    """What a request brings: (name, content) of each image, other fields by name, and whether it asks for a list."""
+    """What a request brings: name and content of each image, other fields by name, and whether it asks for a list.
 
-    images: list[tuple[str, bytes]]
+    The content is None for an image that is too large.
+    """
+
+    images: list[tuple[str, bytes | None]]
     fields: dict[str, Any]
     several: bool
 
@@ -112,7 +114,9 @@ class Intake:
                 raise HTTPException(422, "请求里没有图片,应在 image 里")
             if len(upload.images) > MOST_IMAGES:
                 raise HTTPException(413, f"一个请求最多 {MOST_IMAGES} 张图片")
-            yield upload
+            most = self._max_bytes
+            images = [(name, content if len(content) <= most else None) for name, content in upload.images]
+            yield upload._replace(images=images)
         finally:
             self._held -= size
 
