@@ -37,11 +37,9 @@ import logging
 import os
 import socket
 import sys
-from pathlib import Path
 
 import infer
 
-PAGE = Path(__file__).resolve().parent / "pages" / "serve.html"
 PACKAGES = {name: name for name in ("fastapi", "uvicorn", "httptools")}
 PACKAGES |= {"python_multipart": "python-multipart", "prometheus_client": "prometheus-client"}
 KEEP_SECONDS = 75  # an idle connection; longer than proxies keep theirs, so that none is closed while it is used
@@ -76,8 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise infer.UsageError(
             f"监听 {arguments.host} 时别的机器也能用,请用 --token 设口令;确实不要口令,请写 --no-token"
         )
-    if not PAGE.is_file():
-        raise infer.ModelError(f"缺少网页 {PAGE};请重新下载本项目")
     import uvicorn
 
     from serving.app import build_app
@@ -85,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Whoever connects while the model is loaded waits for it.
     with listen(arguments.host, arguments.port) as listener:
-        app = build_app(arguments, infer.read_text(PAGE))
+        app = build_app(arguments)
         # What is to be said is said by the application; the rest would be tracebacks.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         config = uvicorn.Config(
@@ -98,8 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def build_parser() -> infer.Parser:
+    """The command line; for those too who put the application on another server (docs/服务.md)."""
     parser = infer.Parser("serve.py", __doc__)
     infer.add_model_options(parser)
     add = parser.add_argument
@@ -110,7 +106,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--max-bytes", type=int, default=20_000_000)
     add("--queue", type=int, default=128)
     add("--cache", nargs="?", const=str(infer.cache_folder() / "results.sqlite"))
-    return infer.run_command(run, parser, argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    return infer.run_command(run, build_parser(), argv)
 
 
 if __name__ == "__main__":

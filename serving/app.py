@@ -9,6 +9,7 @@ import math
 import secrets
 import time
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Annotated, Any
 
 import prometheus_client
@@ -24,6 +25,7 @@ import infer
 from serving.lanes import MOST_TOPK, BusyError, Service, estimate_cost
 from serving.uploads import MOST_IMAGES, Intake
 
+PAGE = Path(__file__).resolve().parent.parent / "pages" / "serve.html"
 POLICY = "default-src 'none'; img-src data:; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; "
 POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -158,8 +160,11 @@ async def unless_gone(request: Request, futures: list[Future[infer.Result]]) -> 
         answers.cancel()
 
 
-def build_app(arguments: argparse.Namespace, page: str) -> FastAPI:
-    """Load the model and make the application; ``page`` is the HTML of /. Raises ModelError."""
+def build_app(arguments: argparse.Namespace) -> FastAPI:
+    """Load the model that serve.py's arguments ask for, and make the application. Raises ModelError."""
+    if not PAGE.is_file():
+        raise infer.ModelError(f"缺少网页 {PAGE};请重新下载本项目")
+    page = infer.read_text(PAGE)
     service, intake, reloading = Service(arguments, BATCHES.observe), Intake(arguments.max_bytes), asyncio.Lock()
     QUEUE.set_function(lambda: sum(map(len, service.lanes)))
     bearer = HTTPBearer(auto_error=False, description="serve.py 的 --token")
