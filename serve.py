@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """识别服务: REST 接口和一个网页,供别的系统和手机使用。
 
-先安装: pip install fastapi uvicorn httptools python-multipart prometheus-client
+先安装: pip install fastapi uvicorn python-multipart prometheus-client
 
 用法: python serve.py [选项]
 
@@ -40,8 +40,7 @@ import sys
 
 import infer
 
-PACKAGES = {name: name for name in ("fastapi", "uvicorn", "httptools")}
-PACKAGES |= {"python_multipart": "python-multipart", "prometheus_client": "prometheus-client"}
+PACKAGES = {name: name.replace("_", "-") for name in ("fastapi", "uvicorn", "python_multipart", "prometheus_client")}
 KEEP_SECONDS = 75  # an idle connection; longer than proxies keep theirs, so that none is closed while it is used
 STOP_SECONDS = 8  # for requests under way, after SIGTERM
 

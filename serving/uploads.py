@@ -9,23 +9,22 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
+import h11
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_IMAGES = 64  # of one request
 READ_SECONDS = 60  # for a request to arrive
-MOST_HEAD = 2**19  # bytes of a request line with headers, and of what arrived together with their end
 # Bytes of a request with several images, and of all requests together, in times of those of an image.
 REQUEST, TOGETHER = 8, 16
 
 
-class Protocol(HttpToolsProtocol):
-    """uvicorn's, but a connection is closed whose request takes too long to arrive, or whose headers do not end."""
+class Protocol(H11Protocol):
+    """uvicorn's, but a connection is closed whose request takes too long to arrive, its headers included."""
 
     deadline: asyncio.TimerHandle | None = None
-    head = 0.0  # bytes of the request's head so far; minus infinity once it is complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -33,26 +32,16 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self.head += len(data)
-        if self.head > MOST_HEAD:
-            self.transport.close()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.head = 0.0
-        self.deadline.cancel()
-        self.deadline = self.loop.call_later(READ_SECONDS + 1, self.transport.close)
-
-    def on_headers_complete(self) -> None:
-        self.head = float("-inf")
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self.deadline.cancel()
-        super().on_message_complete()
+        arriving = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if self.deadline is None and arriving:
+            self.deadline = self.loop.call_later(READ_SECONDS + 1, self.transport.close)
+        elif self.deadline is not None and not arriving:
+            self.deadline.cancel()
+            self.deadline = None
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.deadline.cancel()
+        if self.deadline is not None:
+            self.deadline.cancel()
         super().connection_lost(error)
 
     def send_400_response(self, msg: str) -> None:

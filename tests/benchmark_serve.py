@@ -151,9 +151,9 @@ def started(*command: object, port: int):
         yield process
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:  # LitServe's processes
+        with contextlib.suppress(ProcessLookupError):  # LitServe's processes outlive it
             os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -243,22 +243,28 @@ def measure_speed(folder: Path, photo: Path, body: Path, rounds: int) -> None:
                 figures.setdefault(f"{name} p95", []).append(times[int(0.95 * len(times))])
         rows = {key: statistics.median(values) for key, values in figures.items()}
         print(f"\ninfer.py: {rows['infer.py']:.1f} 张/秒;解码和引擎本身: {rows['engine p50'] * 1e3:.1f} 毫秒一张\n")
-        print(
-            "| | 32 个连接,张/秒 | 与 infer.py 之比 | 单个请求 p50,毫秒 | 与引擎本身之比 | 每秒 10 个 p95,毫秒 | 内存 MB |"
-        )
-        print("|---|---|---|---|---|---|---|")
+        columns = [
+            "",
+            "32 个连接,张/秒",
+            "与 infer.py 之比",
+            "单个请求 p50,毫秒",
+            "与引擎本身之比",
+            "每秒 10 个 p95,毫秒",
+        ]
+        print(f"| {' | '.join(columns)} | 内存 MB |\n{'|---' * 7}|")
         for name, (_, process) in servers.items():
             speed, p50, p95 = (rows[f"{name} {what}"] for what in ("32", "p50", "p95"))
             ratios = [ours / theirs for ours, theirs in zip(figures[f"{name} 32"], figures["infer.py"], strict=True)]
             slower = [a / b for a, b in zip(figures[f"{name} p50"], figures["engine p50"], strict=True)]
-            print(f"| {name} | {speed:.1f} | {statistics.median(ratios):.2f} | {p50 * 1e3:.1f} | "
-                  f"{statistics.median(slower):.2f} | {p95 * 1e3:.0f} | {memory(process):.0f} |", flush=True)  # fmt: skip
+            cells = [f"{speed:.1f}", f"{statistics.median(ratios):.2f}", f"{p50 * 1e3:.1f}"]
+            cells += [f"{statistics.median(slower):.2f}", f"{p95 * 1e3:.0f}", f"{memory(process):.0f}"]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def measure_memory(body: Path, requests: int) -> None:
+def measure_memory(model: str, body: Path, requests: int) -> None:
     """Memory in the course of many requests."""
     port = free_port()
-    command = [sys.executable, ROOT / "serve.py", "-q", "-m", MODEL, "-d", "cpu", "--port", port]
+    command = [sys.executable, ROOT / "serve.py", "-q", "-m", model, "--port", port]
     with started(*command, port=port) as process:
         print("\n| 请求 | 内存 MB |\n|---|---|", flush=True)
         step = max(requests // 10 // 32 * 32, 32)
@@ -293,8 +299,8 @@ def measure_restarts(folder: Path, body: Path, requests: int) -> None:
         stop.set()
         thread.join()
         proxy.terminate()
-    print(f"\n{sum(statuses.values())} 个请求,{seconds:.0f} 秒内重启 {len(restarts)} 次,每次最多 {max(restarts):.1f} 秒结束;"
-          f"状态: {statuses}", flush=True)  # fmt: skip
+    print(f"\n{sum(statuses.values())} 个请求,{seconds:.0f} 秒,状态: {statuses}")
+    print(f"重启 {len(restarts)} 次,SIGTERM 之后最多 {max(restarts):.1f} 秒结束", flush=True)
 
 
 def main() -> None:
@@ -302,6 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, default in (("rounds", 3), ("memory", 0), ("restart", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--model", default=MODEL, help="for --memory")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -312,7 +319,7 @@ def main() -> None:
         if arguments.rounds:
             measure_speed(folder, photo, body, arguments.rounds)
         if arguments.memory:
-            measure_memory(body, arguments.memory)
+            measure_memory(arguments.model, body, arguments.memory)
         if arguments.restart:
             measure_restarts(folder, body, arguments.restart)
 
