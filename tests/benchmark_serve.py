@@ -97,6 +97,40 @@ if __name__ == "__main__":
                                 accelerator="cpu", timeout=60)
     server.run(port=int(sys.argv[2]), log_level="error", generate_client_file=False)
 """
+# The other stack that serve.py might have had: LitServe around one Recognizer.
+AROUND = """
+import io, sys, litserve
+
+sys.path.insert(0, sys.argv[1])
+from infer import Recognizer
+
+
+class Recognize(litserve.LitAPI):
+    def setup(self, device):
+        self.recognizer = Recognizer("wwts_cn_lite", device="cpu")
+        self.recognizer.load()
+
+    def decode_request(self, request):
+        return io.BytesIO(request["image"].file.read())
+
+    def batch(self, inputs):
+        return inputs
+
+    def predict(self, inputs):
+        return list(self.recognizer.stream(inputs))
+
+    def unbatch(self, outputs):
+        return outputs
+
+    def encode_response(self, output):
+        return output.record()
+
+
+if __name__ == "__main__":
+    server = litserve.LitServer(Recognize(max_batch_size=8, batch_timeout=0.005, api_path="/recognize"),
+                                accelerator="cpu", timeout=60)
+    server.run(port=int(sys.argv[2]), log_level="error", generate_client_file=False)
+"""
 NGINX = """
 worker_processes 1;
 error_log stderr crit;
@@ -110,6 +144,7 @@ http {
     server {
         listen 127.0.0.1:%(port)d;
         client_max_body_size 160m;
+        client_body_buffer_size 1m;
         location / {
             proxy_pass http://wwts;
             proxy_http_version 1.1;
@@ -185,8 +220,36 @@ def memory(process: subprocess.Popen) -> float:
     return total / 1024
 
 
+def measure(port: int, body: Path) -> tuple[float, float, float]:
+    """Answers a second at 32 connections; seconds of a lone request, median; of ten a second, the 95th percentile."""
+    times, seconds, statuses = load(port, body, "10s", 32)
+    assert set(statuses) == {"200"}, statuses
+    alone, _, _ = load(port, body, "5s", 1)
+    paced, _, _ = load(port, body, "10s", 1, 10)
+    return len(times) / seconds, statistics.median(alone), paced[int(0.95 * len(paced))]
+
+
+def print_row(
+    name: str, figures: list[tuple[float, float, float]], bases: list[tuple[float, float]], used: float
+) -> None:
+    """A row of medians: figures of ``measure``, their ratios to others measured just before, and memory in MiB."""
+    speed, alone, paced = (statistics.median(column) for column in zip(*figures, strict=True))
+    pairs = list(zip(figures, bases, strict=True))
+    faster = statistics.median(ours[0] / base[0] for ours, base in pairs)
+    slower = statistics.median(ours[1] / base[1] for ours, base in pairs)
+    cells = [
+        f"{speed:.1f}",
+        f"{faster:.2f}",
+        f"{alone * 1e3:.1f}",
+        f"{slower:.2f}",
+        f"{paced * 1e3:.0f}",
+        f"{used:.0f}",
+    ]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def measure_speed(folder: Path, photo: Path, body: Path, rounds: int) -> None:
-    """Throughput, latency and memory beside infer.py and beside the peers."""
+    """Throughput and latency of serve.py beside infer.py, then of each peer beside serve.py."""
     sys.path.insert(0, str(ROOT))
     import infer
 
@@ -194,71 +257,50 @@ def measure_speed(folder: Path, photo: Path, body: Path, rounds: int) -> None:
     photos.mkdir()
     for number in range(480):
         os.link(photo, photos / f"{number}.jpg")
-    engine = infer.Recognizer(MODEL, device="cpu")
+    command = [
+        sys.executable,
+        ROOT / "infer.py",
+        "-m",
+        MODEL,
+        "-d",
+        "cpu",
+        photos,
+        "-o",
+        folder / "x.csv",
+        "--overwrite",
+    ]
+    engine, data = infer.Recognizer(MODEL, device="cpu"), photo.read_bytes()
     engine(photo)
-    codes = {"普通 FastAPI 例子": PLAIN, "LitServe 的例子": LITSERVE}
-    if not importlib.util.find_spec("litserve"):
-        del codes["LitServe 的例子"]
-    figures: dict[str, list] = {}
-    with contextlib.ExitStack() as stack:
-        servers = {}
-        for name, code in {"serve.py": None, **codes}.items():
-            port, script = free_port(), folder / f"peer{len(servers)}.py"
-            script.write_text(code or "")
-            command = (
-                [script, ROOT, port] if code else [ROOT / "serve.py", "-q", "-m", MODEL, "-d", "cpu", "--port", port]
-            )
-            process = stack.enter_context(started(sys.executable, *command, port=port))
-            servers[name] = port, process
-            load(port, body, "3s", 8)
-        for _ in range(rounds):
-            command = [
-                sys.executable,
-                ROOT / "infer.py",
-                "-m",
-                MODEL,
-                "-d",
-                "cpu",
-                photos,
-                "-o",
-                folder / "x.jsonl",
-                "--overwrite",
-            ]
-            text = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True).stderr
-            figures.setdefault("infer.py", []).append(float(re.search(r"([\d.]+) 张/秒", text)[1]))
-            for name, (port, _) in servers.items():
-                times, seconds, statuses = load(port, body, "15s", 32)
-                assert set(statuses) == {"200"}, (name, statuses)
-                figures.setdefault(f"{name} 32", []).append(len(times) / seconds)
-            data, alone = photo.read_bytes(), []
-            for _ in range(100):
-                start = time.perf_counter()
-                assert engine(io.BytesIO(data)).predictions
-                alone.append(time.perf_counter() - start)
-            figures.setdefault("engine p50", []).append(statistics.median(alone))
-            for name, (port, _) in servers.items():
-                times, _, _ = load(port, body, "6s", 1)
-                figures.setdefault(f"{name} p50", []).append(statistics.median(times))
-                times, _, _ = load(port, body, "15s", 1, 10)
-                figures.setdefault(f"{name} p95", []).append(times[int(0.95 * len(times))])
-        rows = {key: statistics.median(values) for key, values in figures.items()}
-        print(f"\ninfer.py: {rows['infer.py']:.1f} 张/秒;解码和引擎本身: {rows['engine p50'] * 1e3:.1f} 毫秒一张\n")
-        columns = [
-            "",
-            "32 个连接,张/秒",
-            "与 infer.py 之比",
-            "单个请求 p50,毫秒",
-            "与引擎本身之比",
-            "每秒 10 个 p95,毫秒",
-        ]
-        print(f"| {' | '.join(columns)} | 内存 MB |\n{'|---' * 7}|")
-        for name, (_, process) in servers.items():
-            speed, p50, p95 = (rows[f"{name} {what}"] for what in ("32", "p50", "p95"))
-            ratios = [ours / theirs for ours, theirs in zip(figures[f"{name} 32"], figures["infer.py"], strict=True)]
-            slower = [a / b for a, b in zip(figures[f"{name} p50"], figures["engine p50"], strict=True)]
-            cells = [f"{speed:.1f}", f"{statistics.median(ratios):.2f}", f"{p50 * 1e3:.1f}"]
-            cells += [f"{statistics.median(slower):.2f}", f"{p95 * 1e3:.0f}", f"{memory(process):.0f}"]
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+    def measure_bases() -> tuple[float, float]:
+        text = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True).stderr
+        alone = []
+        for _ in range(100):
+            start = time.perf_counter()
+            assert engine(io.BytesIO(data)).predictions
+            alone.append(time.perf_counter() - start)
+        return float(re.search(r"([\d.]+) 张/秒", text)[1]), statistics.median(alone)
+
+    columns = ["32 个连接,张/秒", "之比", "单个请求 p50,毫秒", "之比", "每秒 10 个 p95,毫秒", "内存 MB"]
+    print(f"| | {' | '.join(columns)} |\n{'|---' * 7}|")
+    port = free_port()
+    serve = [sys.executable, ROOT / "serve.py", "-q", "-m", MODEL, "-d", "cpu", "--port", port]
+    with started(*serve, port=port) as process:
+        measure(port, body)
+        bases, figures = zip(*((measure_bases(), measure(port, body)) for _ in range(rounds)), strict=True)
+        print_row("serve.py,与 infer.py 和引擎本身之比", figures, bases, memory(process))
+        peers = {"普通 FastAPI 例子": PLAIN}
+        if importlib.util.find_spec("litserve"):
+            peers |= {"LitServe 的例子": LITSERVE, "LitServe 套 Recognizer": AROUND}
+        for name, code in peers.items():
+            script, peer_port = folder / "peer.py", free_port()
+            script.write_text(code)
+            with started(sys.executable, script, ROOT, peer_port, port=peer_port) as peer:
+                load(peer_port, body, "3s", 4)
+                bases, figures = zip(
+                    *((measure(port, body), measure(peer_port, body)) for _ in range(rounds)), strict=True
+                )
+                print_row(f"{name},与 serve.py 之比", figures, bases, memory(peer))
 
 
 def measure_memory(model: str, body: Path, requests: int) -> None:
@@ -294,11 +336,13 @@ def measure_restarts(folder: Path, body: Path, requests: int) -> None:
     nginx = shutil.which("nginx") or "/usr/sbin/nginx"
     with subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf", "-g", "daemon off;"]) as proxy:
         time.sleep(5)
-        # Below what the server can do: 503 comes at once, and would use up the requests while there is no server.
-        times, seconds, statuses = load(port, body, requests // 32 * 32, 32, 1)
-        stop.set()
-        thread.join()
-        proxy.terminate()
+        try:
+            # Below what the server can do: 503 comes at once, and would use up the requests while there is no server.
+            times, seconds, statuses = load(port, body, requests // 32 * 32, 32, 1)
+        finally:
+            stop.set()
+            thread.join()
+            proxy.terminate()
     print(f"\n{sum(statuses.values())} 个请求,{seconds:.0f} 秒,状态: {statuses}")
     print(f"重启 {len(restarts)} 次,SIGTERM 之后最多 {max(restarts):.1f} 秒结束", flush=True)
 

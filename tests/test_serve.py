@@ -830,6 +830,20 @@ def test_looks(lite, page, tmp_path, theme, width):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+def test_a_phone_can_take_a_photo(tiny, page):
+    shown = page(tiny)
+    assert not shown.find("#camera").is_displayed() and shown.find("#hint").is_displayed()
+    shown.browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        shown.browser.refresh()
+        assert shown.find("#camera").is_displayed() and not shown.find("#hint").is_displayed()
+        assert shown.find("#shot").get_attribute("capture") == "environment"
+        shown.find("#shot").send_keys(str(SAMPLES[0]))
+        shown.done(1)
+    finally:
+        shown.browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
 def test_the_page_is_strict(tiny):
     first, second = (tiny.call("GET", "/") for _ in range(2))
     assert set(re.findall(r"\w+://[\w./-]+", first.text)) == {"http://www.w3.org/2000/svg"}
