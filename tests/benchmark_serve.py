@@ -1,10 +1,10 @@
 """How serve.py does under load, beside infer.py and beside what people write themselves. Prints Markdown.
 
-    python tests/benchmark_serve.py [--rounds 3] [--memory 50000] [--restart 10000]
+    OMP_WAIT_POLICY=passive python tests/benchmark_serve.py [--rounds 3] [--memory 50000] [--restart 10000]
 
 One run measures alternately, with wwts_cn_lite and a photo of 500×375 pixels. The client is hey (Debian: apt install
 hey); --restart needs nginx too. Everything stays on 127.0.0.1. The peer on LitServe needs pip install litserve, and is
-left out without it.
+left out without it. The policy keeps torch's threads, which only the peers use, from spinning on a busy machine.
 """
 
 import argparse
