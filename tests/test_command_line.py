@@ -492,7 +492,7 @@ def test_python_errors_are_model_errors():
 # ---------------------------------------------------------------- words
 
 
-@pytest.mark.parametrize("script", ["infer", "export", "check", "bench", "learn", "report"])
+@pytest.mark.parametrize("script", ["infer", "export", "check", "bench", "learn", "report", "serve"])
 def test_help_fits_eighty_columns(infer_here, script, capsys):
     import importlib
     import unicodedata
@@ -501,7 +501,7 @@ def test_help_fits_eighty_columns(infer_here, script, capsys):
         importlib.import_module(script).main(["--help"])
     text = capsys.readouterr().out
     widths = [sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in line) for line in text.splitlines()]
-    assert ended.value.code == 0 and max(widths) <= 80 and text.startswith(("用", "把", "检查", "测速", "看"))
+    assert ended.value.code == 0 and max(widths) <= 80 and text.startswith(("用", "把", "检查", "测速", "看", "识别"))
 
 
 def test_time_before_each_line_if_asked_for(infer_here, tiny_graph):
