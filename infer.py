@@ -848,7 +848,8 @@ class OnnxEngine:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # what goes wrong is said here, in one line
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
-            text = self._session.get_modelmeta().custom_metadata_map.get("wwts_spec")
+            metadata = self._session.get_modelmeta().custom_metadata_map
+            text, int8 = metadata.get("wwts_spec"), metadata.get("wwts_precision") == "int8"
             content = version or self._hash_content(path)  # which the session has found sound, and no file outside it
         if text is None:
             raise ModelError(f"ONNX 文件 {path} 里没有预处理方法和标签,它不是 export.py 导出的")
@@ -859,7 +860,9 @@ class OnnxEngine:
         if ports != [("tensor(uint8)", [crop, crop, 3]), ("tensor(float)", [classes])]:
             raise ModelError(f"ONNX 文件 {path} 的输入或输出与它的 spec 不符,请重新导出")
         self._input = self._session.get_inputs()[0].name
-        self.version = version or compute_version(content, self.spec, "float32")
+        self.version = version or compute_version(content, self.spec, "int8" if int8 else "float32")
+        if int8:
+            self.device_name = "cpu (ONNX Runtime, int8)"
 
     @staticmethod
     def _hash_content(path: str | os.PathLike) -> str:
