@@ -190,8 +190,9 @@ def export_int8(engine: TorchEngine, path: Path, checked: list[str], photos: lis
         raise UsageError(f"能用的照片只有 {len(pixels)} 张,校准和比较至少要 {LEAST} 张,{FEW} 到 {MOST} 张为宜")
     if len(pixels) < FEW:
         log.warning("照片只有 %d 张,比较得出的数字靠不住;%d 到 %d 张为宜", len(pixels), FEW, MOST)
-    calibrating, judging = numpy.stack(pixels[: len(pixels) // 2]), pixels[len(pixels) // 2 :]
-    float32 = path.with_name("float32.onnx")
+    calibrating, judging = numpy.stack(pixels[::2]), pixels[1::2]
+    float32 = path.parent / "work" / "float32.onnx"  # whatever the file is called
+    float32.parent.mkdir()
     largest = export_graph(engine, float32, checked, separate_weights=True)
     log.info("正在试哪些层用 int8,小模型约一分钟,wwts_cn_base 约十分钟")
     try:

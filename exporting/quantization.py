@@ -81,7 +81,8 @@ def judge_graph(float32: Path, int8: Path, pixels: list[numpy.ndarray], least: f
             engine.classify(pixels[:BATCH], 1)
             taken.append(time.perf_counter() - start)
     speed, agreement = statistics.median(seconds[0]) / statistics.median(seconds[1]), same / len(pixels)
-    sizes = (sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6 for path in (int8, float32))
+    before = sum(part.stat().st_size for part in float32.parent.glob("float32.onnx*"))  # weights lie beside the graph
+    sizes = int8.stat().st_size / 1e6, before / 1e6
     log.info("int8 %.1f MB,float32 %.1f MB;速度是 float32 的 %.1f 倍(每批 8 张,轮流测)", *sizes, speed)
     words = f"在没有参加校准的 {len(pixels)} 张照片上,首选标签有 {agreement:.1%} 与 float32 相同"
     log.info("%s,置信度最多相差 %.3f", words, largest)
