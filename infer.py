@@ -846,8 +846,6 @@ class OnnxEngine:
     version is that of the file's content, unless it is known of which model the graph was made.
     """
 
-    device_name = "cpu (ONNX Runtime)"
-
     def __init__(
         self,
         path: str | os.PathLike,
@@ -867,7 +865,7 @@ class OnnxEngine:
             options.log_severity_level = 4  # what goes wrong is said here, in one line
             provider: Any = "CPUExecutionProvider"
             if device.startswith("cuda"):
-                self.device_name, name = f"{device} (ONNX Runtime)", "CUDAExecutionProvider"
+                name = "CUDAExecutionProvider"
                 # TF32 would cost float32 its promise that CPU and CUDA agree within 1e-3.
                 provider = (name, {"device_id": int(device.partition(":")[2] or 0), "use_tf32": 0})
                 if name not in onnxruntime.get_available_providers():
@@ -875,7 +873,8 @@ class OnnxEngine:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, [provider])
             if device.startswith("cuda") and name not in self._session.get_providers():  # it does not say so itself
                 raise ModelError(f"ONNX Runtime 用不了 {device},请用 nvidia-smi 检查显卡和驱动。{USE_GPU}")
-            text = self._session.get_modelmeta().custom_metadata_map.get("wwts_spec")
+            metadata = self._session.get_modelmeta().custom_metadata_map
+            text, precision = metadata.get("wwts_spec"), metadata.get("wwts_precision")
             content = version or self._hash_content(path)  # which the session has found sound, and no file outside it
         if text is None:
             raise ModelError(f"ONNX 文件 {path} 里没有预处理方法和标签,它不是 export.py 导出的")
@@ -887,7 +886,10 @@ class OnnxEngine:
         if ports != [("tensor(uint8)", [crop, crop, 3]), ("tensor(float)", [classes])]:
             raise ModelError(f"ONNX 文件 {path} 的输入或输出与它的 spec 不符,请重新导出")
         self._input = self._session.get_inputs()[0].name
-        self.version = version or compute_version(content, self.spec, "float32")
+        precision = "int8" if precision == "int8" else "float32"
+        self.version = version or compute_version(content, self.spec, precision)
+        where = device if device.startswith("cuda") else "cpu"
+        self.device_name = f"{where} (ONNX Runtime{', int8' * (precision == 'int8')})"
 
     @staticmethod
     def _hash_content(path: str | os.PathLike) -> str:

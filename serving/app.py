@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Annotated, Any
 
+import infer
+
 import prometheus_client
 import pydantic
 from fastapi import Depends, FastAPI, Query, Request
@@ -21,7 +23,6 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-import infer
 from serving.lanes import MOST_TOPK, BusyError, Service, estimate_cost
 from serving.uploads import MOST_IMAGES, Intake
 

@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
-from PIL import Image
-
 import infer
+
+from PIL import Image
 
 MOST_TOPK = 100  # labels that a request may ask for; the model gives that many, and what is not wanted is cut off
 # Decoding that takes long has a lane of its own, in pixels; beyond what phones take. Each of the many scans of a

@@ -20,13 +20,14 @@ import threading
 import time
 from types import SimpleNamespace
 
+import infer as infer_module
+
 import pytest
 from conftest import ROOT, SAMPLES, SPEC, make_graph
 from PIL import Image
 from test_hostile import BOMBS, HEADS
 from test_report import CONTRASTS
 
-import infer as infer_module
 import serve
 from serving.lanes import MOST_TOPK, BusyError, Lane, Service
 

@@ -1,0 +1,200 @@
+"""A float32 graph as int8 by static quantisation; which run of layers stays in float is found by measuring."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+from infer import ModelError, OnnxEngine
+
+import numpy
+
+log = logging.getLogger("wwts")
+
+LAYERS = ("Conv", "Gemm", "MatMul")
+# What ONNX Runtime computes in int8 and loses little by it; the rest (softmax, sigmoid, means) costs next to no time.
+QUANTIZED = (*LAYERS, "Add", "AveragePool", "Clip", "Concat", "Flatten", "GlobalAveragePool", "MaxPool", "Relu")
+QUANTIZED += ("Reshape", "Split", "Transpose")
+RUNS = 14  # of about equal work, of which one may stay in float; one of ten costs more time for no less error
+GAIN = (
+    0.75  # share of the error that is left at most, or that run is quantised too: in float it costs a tenth more time
+)
+TRIED = 24  # photos that errors are measured on
+BATCH, ROUNDS = 8, 9  # for comparing speeds
+WORTHWHILE = 1.2  # times as fast as float32
+
+
+def quantize_graph(graph: Path, target: Path, pixels: numpy.ndarray, metadata: dict[str, str]) -> None:
+    """Write a float32 graph's int8 form, calibrated on N×crop×crop×3 uint8 pixels, with metadata added.
+
+    One run of layers stays in float: the one that by itself does most harm in int8, if that takes a quarter off the
+    error. Files of its own are written beside the graph. Raises whatever onnxruntime's quantisation raises.
+    """
+    root = logging.getLogger()
+    silent = logging.NullHandler()  # with no handler at all the library would set one up, which says everything twice
+    root.addHandler(silent)
+    try:
+        quantizer, trial = Quantizer(graph, pixels), graph.with_name("trial.onnx")
+
+        def error(path: Path, nodes: list[str], metadata: dict[str, str] | None = None) -> float:
+            quantizer.write(path, nodes, metadata or {})
+            return quantizer.error(path)
+
+        runs, kept = quantizer.runs(), []
+        everything = [name for run in runs for name in run]
+        least = error(target, everything, metadata)
+        if len(runs) > 1:
+            worst = max(runs, key=lambda run: error(trial, run))
+            if error(trial, [name for name in everything if name not in worst], metadata) <= GAIN * least:
+                trial.replace(target)
+                kept = [name for name in worst if quantizer.work[name]]
+        quantizer.correct(target)
+        layers = sum(work > 0 for work in quantizer.work.values())
+        log.info("%d 层中有 %d 层留在 float32%s", layers, len(kept), f"({kept[0]} 到 {kept[-1]})" if kept else "")
+    finally:
+        root.removeHandler(silent)
+
+
+def judge_graph(float32: Path, int8: Path, pixels: list[numpy.ndarray], least: float) -> None:
+    """Say in words what a graph brings and costs beside that of float32, on images of crop×crop×3 uint8.
+
+    Speed is measured alternately, in batches of eight. Raises ModelError if the top-1 is the same for less than the
+    share ``least`` of the images.
+    """
+    engines = [OnnxEngine(path) for path in (float32, int8)]
+    same, largest = 0, 0.0
+    for start in range(0, len(pixels), BATCH):
+        batch = pixels[start : start + BATCH]
+        (tops, expected), (others, given) = (engine.classify(batch, engine.spec.num_classes) for engine in engines)
+        same += int((tops[:, 0] == others[:, 0]).sum())
+        rows = [numpy.take_along_axis(v, i.argsort(1), 1) for i, v in ((tops, expected), (others, given))]
+        largest = max(largest, float(abs(rows[0] - rows[1]).max()))
+    seconds: list[list[float]] = [[], []]
+    for _ in range(ROUNDS):
+        for engine, taken in zip(engines, seconds, strict=True):
+            start = time.perf_counter()
+            engine.classify(pixels[:BATCH], 1)
+            taken.append(time.perf_counter() - start)
+    speed, agreement = statistics.median(seconds[0]) / statistics.median(seconds[1]), same / len(pixels)
+    before = sum(part.stat().st_size for part in float32.parent.glob("float32.onnx*"))  # weights lie beside the graph
+    sizes = int8.stat().st_size / 1e6, before / 1e6
+    log.info("int8 %.1f MB,float32 %.1f MB;速度是 float32 的 %.1f 倍(每批 8 张,轮流测)", *sizes, speed)
+    words = f"在没有参加校准的 {len(pixels)} 张照片上,首选标签有 {agreement:.1%} 与 float32 相同"
+    log.info("%s,置信度最多相差 %.3f", words, largest)
+    if agreement < least:
+        remedy = "请换成更多、更像将来要识别的照片;能接受就用 --least-agreement 写明最低的比例"
+        raise ModelError(f"{words},低于 {least:.1%},未保存。{remedy}")
+    if speed < WORTHWHILE:
+        log.warning("int8 在这台机器上不值得: 快得不多,处理器多半没有 VNNI 一类的 int8 指令")
+
+
+class Quantizer:
+    """Quantises a float32 graph, whole or in part, and measures the error.
+
+    That is the mean Kullback-Leibler divergence (in nats) of confidences from those of float32. ``work`` has the
+    multiplications that each node takes, by its name, in the order in which they run; 0 for what is no layer.
+    """
+
+    def __init__(self, graph: Path, pixels: numpy.ndarray):
+        from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
+
+        self._graph, self._pixels = graph, pixels
+        self._model = load_model_with_shape_infer(graph)
+        self._ranges = self._measure_ranges(graph, pixels)
+        self._expected = self._confidences(graph, pixels[:TRIED])
+        self.work = self._count_work()
+
+    def write(self, path: Path, nodes: list[str], metadata: dict[str, str]) -> None:
+        """Write the graph with these nodes in int8: weights signed and by channel, what flows between unsigned."""
+        import onnx
+        from onnxruntime.quantization import QDQQuantizer, QuantType
+
+        model, chosen = copy.deepcopy(self._model), set(nodes)
+        # A product of two things that flow, as in attention, is no layer.
+        names = [n.name for n in model.graph.node if n.name in chosen and (n.op_type != "MatMul" or self.work[n.name])]
+        kinds = (QuantType.QInt8, QuantType.QUInt8)
+        # In 256 steps the logits themselves would be too coarse.
+        options = {"OpTypesToExcludeOutputQuantization": ["Gemm"]}
+        quantizer = QDQQuantizer(model, True, False, *kinds, self._ranges, names, [], list(QUANTIZED), options)
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        for key, value in metadata.items():
+            quantizer.model.model.metadata_props.add(key=key, value=value)
+        onnx.save(quantizer.model.model, path)
+
+    def correct(self, path: Path) -> None:
+        """Add to the logits of the graph in a file what they lack on average; rounding is not the same both ways."""
+        import onnx
+
+        graphs = (self._graph, path)
+        expected, given = (numpy.log(self._confidences(graph, self._pixels).clip(1e-30)) for graph in graphs)
+        model = onnx.load(path)
+        nodes = model.graph.node
+        place, softmax = next((i, n) for i, n in enumerate(nodes) if n.output[0] == model.graph.output[0].name)
+        model.graph.initializer.append(onnx.numpy_helper.from_array((expected - given).mean(0), "logits_lack"))
+        names = [softmax.input[0], "logits_lack"]
+        nodes.insert(place, onnx.helper.make_node("Add", names, ["logits_corrected"], "correct_logits"))
+        softmax.input[0] = "logits_corrected"
+        onnx.save(model, path)
+
+    def error(self, path: Path) -> float:
+        """How far the confidences of the graph in a file are from those of float32."""
+        given = self._confidences(path, self._pixels[:TRIED])
+        expected, given = (values.clip(1e-30) for values in (self._expected, given))
+        return float((expected * numpy.log(expected / given)).sum(1).mean())
+
+    def runs(self) -> list[list[str]]:
+        """The names of the nodes in at most ten runs of about equal work, each with a layer in it."""
+        runs: dict[int, list[str]] = {}
+        total, done = sum(self.work.values()), 0
+        for name, work in self.work.items():
+            runs.setdefault(RUNS * done // max(total, 1), []).append(name)
+            done += work
+        return [run for run in runs.values() if any(self.work[name] for name in run)]
+
+    def _measure_ranges(self, graph: Path, pixels: numpy.ndarray) -> Any:
+        """The least and the greatest value of each tensor."""
+        from onnxruntime.quantization import create_calibrator
+
+        path = str(graph.with_name("ranges.onnx"))
+        calibrator = create_calibrator(graph, QUANTIZED, path, use_external_data_format=True)
+        calibrator.infer_session = self._session(path)  # in place of one that optimises nothing and takes long
+        photos = iter(pixels)
+
+        def get_next() -> dict[str, numpy.ndarray] | None:
+            photo = next(photos, None)
+            return None if photo is None else {"pixels": photo[None]}
+
+        calibrator.collect_data(types.SimpleNamespace(get_next=get_next))
+        return calibrator.compute_data()
+
+    def _confidences(self, path: Path, photos: numpy.ndarray) -> numpy.ndarray:
+        session = self._session(path)
+        return numpy.concatenate([session.run(None, {"pixels": pixels[None]})[0] for pixels in photos])
+
+    @staticmethod
+    def _session(path: str | Path) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+
+    def _count_work(self) -> dict[str, int]:
+        graph, work = self._model.graph, {}
+        sizes = {weights.name: list(weights.dims) for weights in graph.initializer}
+        shapes = {
+            value.name: [max(dimension.dim_value, 1) for dimension in value.type.tensor_type.shape.dim]
+            for value in (*graph.value_info, *graph.output)
+        }
+        for node in graph.node:
+            work[node.name] = 0
+            if node.op_type in LAYERS and node.input[1] in sizes and (shape := shapes.get(node.output[0])):
+                channels = shape[1 if node.op_type == "Conv" else -1]
+                work[node.name] = int(numpy.prod(sizes[node.input[1]]) * numpy.prod(shape[1:]) // channels)
+        return work

@@ -1,0 +1,190 @@
+"""export.py --int8: what it writes, says and refuses; and infer.py with what it wrote."""
+
+import json
+import re
+
+import infer as infer_module
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT, SAMPLES
+from PIL import Image, ImageEnhance, ImageOps
+
+from exporting import quantization
+
+LITE = ("-m", "wwts_cn_lite")
+
+
+def make_photos(folder, number, sizes=(0.6, 0.95)):
+    """Crops of the samples, mirrored, darker and brighter."""
+    folder.mkdir()
+    dice = np.random.default_rng(0)
+    samples = [Image.open(path).convert("RGB") for path in SAMPLES]
+    for index in range(number):
+        image = samples[index % len(samples)]
+        width, height = (int(side * dice.uniform(*sizes)) for side in image.size)
+        left, top = dice.integers(0, image.width - width), dice.integers(0, image.height - height)
+        image = image.crop((left, top, left + width, top + height)).resize((320, 300))
+        image = ImageOps.mirror(image) if dice.random() < 0.5 else image
+        ImageEnhance.Brightness(image).enhance(dice.uniform(0.7, 1.4)).save(folder / f"{index:03d}.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos_of_samples(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("int8") / "照片", 48)
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory, photos_of_samples):
+    """wwts_cn_lite in int8, in a file and with what was said when it was exported."""
+    import subprocess
+    import sys
+
+    path = tmp_path_factory.mktemp("int8") / "lite.onnx"
+    (photos_of_samples / "000_坏.jpg").write_bytes(b"\xff\xd8\xff broken")
+    command = [sys.executable, ROOT / "export.py", *LITE, "--int8", photos_of_samples, path]
+    result = subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8")
+    (photos_of_samples / "000_坏.jpg").unlink()
+    assert result.returncode == 0, result.stderr
+    return path, result
+
+
+def test_what_export_says(int8):
+    path, result = int8
+    assert result.stdout == "" and "Traceback" not in result.stderr and "WARNING" not in result.stderr
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["lite.onnx"]
+    layers, kept = map(int, re.search(r"(\d+) 层中有 (\d+) 层留在 float32", result.stderr).groups())
+    assert layers == 65 and 0 <= kept <= 20
+    sizes = [float(size) for size in re.search(r"int8 ([\d.]+) MB,float32 ([\d.]+) MB;速度是", result.stderr).groups()]
+    assert sizes[0] < 0.5 * sizes[1] and sizes[0] == pytest.approx(path.stat().st_size / 1e6, abs=0.06)
+    agreement = re.search(
+        r"没有参加校准的 24 张照片上,首选标签有 ([\d.]+)% 与 float32 相同,置信度最多相差 0\.\d{3}", result.stderr
+    )
+    assert float(agreement[1]) >= 95
+    # Too few photos for figures that one can rely on, and one that cannot be read.
+    assert "照片只有 48 张" in result.stderr and "000_坏.jpg" in result.stderr
+
+
+def test_the_graph_is_int8_and_takes_pixels(int8):
+    proto = onnx.load(int8[0])
+    onnx.checker.check_model(proto)
+    (pixels,), (confidences,) = proto.graph.input, proto.graph.output
+    assert pixels.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [d.dim_value for d in pixels.type.tensor_type.shape.dim[1:]] == [260, 260, 3]
+    assert confidences.type.tensor_type.shape.dim[1].dim_value == 1000
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    assert json.loads(metadata["wwts_spec"])["name"] == "wwts_cn_lite" and metadata["wwts_precision"] == "int8"
+    weights = [tensor for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert sum(np.prod(tensor.dims) for tensor in weights) > 5e6
+    assert proto.graph.node[-1].op_type == "Softmax"
+
+
+def test_infer_runs_it_and_names_it(int8, infer, exported):
+    ours = infer("-m", int8[0], *SAMPLES, "-f", "jsonl", "-k", "1000")
+    assert ours.returncode == 0 and "使用设备: cpu (ONNX Runtime, int8)\n" in ours.stderr, ours.stderr
+    theirs = infer("-m", exported.single, *SAMPLES, "-f", "jsonl", "-k", "1000")
+    assert "使用设备: cpu (ONNX Runtime)\n" in theirs.stderr
+    for a, b in zip(*([json.loads(line) for line in r.stdout.splitlines()] for r in (ours, theirs)), strict=True):
+        assert a["model"] == b["model"] and a["version"] != b["version"]
+        assert a["results"][0]["label"] == b["results"][0]["label"]
+        assert a["results"][0]["confidence"] == pytest.approx(b["results"][0]["confidence"], abs=0.1)
+
+
+def test_only_the_word_itself_is_believed(int8, tmp_path):
+    proto = onnx.load(int8[0])
+    for entry in proto.metadata_props:
+        entry.value = "int8)\x1b[31m" if entry.key == "wwts_precision" else entry.value
+    onnx.save(proto, tmp_path / "odd.onnx")
+    assert infer_module.OnnxEngine(tmp_path / "odd.onnx").device_name == "cpu (ONNX Runtime)"
+
+
+def test_what_is_left_in_float_is_what_does_harm(tmp_path):
+    """Of layers alike but one, whose channels differ so much that 256 steps are too few, that one stays in float."""
+    torch = pytest.importorskip("torch")
+
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Sequential(torch.nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), torch.nn.ReLU()) for i in range(20)
+    ]
+    with torch.no_grad():
+        for layer in layers:
+            torch.nn.init.kaiming_normal_(layer[0].weight)
+        # One channel that takes up the whole range, and that the next layer hardly looks at.
+        layers[9][0].weight[0] *= 300
+        layers[10][0].weight[:, 0] /= 300
+    network = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10))
+    spec = dict(name="bad", num_classes=10, labels=[str(i) for i in range(10)], resize=32, crop=32)
+    spec = infer_module.Spec.parse({**spec, **dict(interpolation="bilinear", mean=[0.5] * 3, std=[0.5] * 3)}, "x")
+    import export
+
+    model = infer_module.HubModel(network.eval(), spec, "0" * 64, None, False)
+    engine = infer_module.TorchEngine(model, "cpu", "float32")
+    export.write_graph(engine, tmp_path / "float32.onnx", separate_weights=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3)).astype(np.uint8)
+    quantizer = quantization.Quantizer(tmp_path / "float32.onnx", pixels)
+    runs = quantizer.runs()
+    assert 2 <= len(runs) <= 14 and sum(work > 0 for work in quantizer.work.values()) == 21
+    quantizer.write(tmp_path / "all.onnx", list(quantizer.work), {})
+    quantization.quantize_graph(tmp_path / "float32.onnx", tmp_path / "int8.onnx", pixels, {"wwts_precision": "int8"})
+    assert quantizer.error(tmp_path / "int8.onnx") < 0.75 * quantizer.error(tmp_path / "all.onnx")
+
+
+def test_refusals(infer_here, hub_repository, photos_of_samples, tmp_path, monkeypatch):
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"the one before")
+    foreign = ("--repo", hub_repository, "-m", "resnet18")
+    few = make_photos(tmp_path / "few", 19)
+    for arguments, message in (
+        ((*LITE, "--int8", photos_of_samples), "写明导出的文件名"),
+        ((*foreign, "--int8", few, path), "能用的照片只有 19 张"),
+        ((*foreign, "--int8", tmp_path / "none", path), "能用的照片只有 0 张"),
+        ((*foreign, "--int8", few, path, "--least-agreement", "95"), "0 到 1 之间"),
+    ):
+        result = infer_here(*arguments, script="export")
+        assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
+
+
+def test_too_little_agreement_is_refused_unless_told(
+    infer_here, hub_repository, photos_of_samples, tmp_path, monkeypatch
+):
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"the one before")
+    arguments = ("--repo", hub_repository, "-m", "resnet18", "--int8", photos_of_samples, path)
+    right = infer_module.OnnxEngine.classify
+
+    def wrong(self, batch, topk):
+        indices, values = right(self, batch, topk)
+        return (indices[:, ::-1], values[:, ::-1]) if "int8" in self.device_name else (indices, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_module.OnnxEngine, "classify", wrong)
+        result = infer_here(*arguments, script="export")
+        assert result.returncode == 3 and "低于 95.0%,未保存" in result.stderr and "--least-agreement" in result.stderr
+        assert path.read_bytes() == b"the one before" and sorted(
+            e.name for e in tmp_path.iterdir() if "x" in e.name
+        ) == ["x.onnx"]
+        result = infer_here(*arguments, "--least-agreement", "0", script="export")
+        assert result.returncode == 0 and "首选标签有 0.0% 与 float32 相同" in result.stderr
+    result = infer_here("-m", path, SAMPLES[0], "-f", "jsonl")
+    assert result.returncode == 0 and "(ONNX Runtime, int8)" in result.stderr
+    assert json.loads(result.stdout)["results"][0]["index"] == 285
+
+
+def test_a_learned_model(infer_here, photos_of_samples, tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(quantization, "RUNS", 1)  # which run does most harm takes half a minute to find
+    for photo in sorted(photos_of_samples.glob("*.jpg")):
+        folder = tmp_path / "学" / SAMPLES[int(photo.stem) % len(SAMPLES)].stem
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    model, path = tmp_path / "我的.safetensors", tmp_path / "我的.onnx"
+    assert infer_here(tmp_path / "学", "-o", model, *LITE, "--engine", "torch", script="learn").returncode == 0
+    result = infer_here("-m", model, "--int8", photos_of_samples, path, script="export")
+    assert result.returncode == 0, result.stderr
+    answers = infer_here("-m", path, *SAMPLES, "-f", "jsonl", "-k", "1")
+    assert "(ONNX Runtime, int8)" in answers.stderr
+    for sample, line in zip(SAMPLES, answers.stdout.splitlines(), strict=True):
+        assert json.loads(line)["results"][0]["label"] == sample.stem
