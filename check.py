@@ -44,7 +44,7 @@ from infer import ModelError, OnnxEngine, Recognizer, TorchEngine
 
 import numpy
 
-from export import find_photos, read_pixels
+from export import confidences, find_photos, read_pixels
 
 log = logging.getLogger("wwts")
 HERE = Path(__file__).resolve().parent
@@ -91,13 +91,9 @@ class Context:
         """The photos, preprocessed."""
         return list(read_pixels(self.photos, self.engine.spec))
 
-    def confidences(self, batch: list[numpy.ndarray], engine: TorchEngine | OnnxEngine | None = None) -> numpy.ndarray:
-        """N×classes confidences of preprocessed images; raises ModelError if one is not finite."""
-        engine = engine or self.engine
-        indices, values = engine.classify(batch, engine.spec.num_classes)
-        if not numpy.isfinite(values).all():
-            raise ModelError("输出了 NaN 或无穷大。可改用 --dtype float32;仍然如此则权重或机器有问题")
-        return numpy.take_along_axis(values, indices.argsort(1), 1)
+    def confidences(self, batch: list[numpy.ndarray]) -> numpy.ndarray:
+        """N×classes confidences of preprocessed images, by the engine."""
+        return confidences(self.engine, batch)
 
     def agree(self, ours: numpy.ndarray, theirs: numpy.ndarray, tolerance: float, remedy: str) -> str:
         """The largest difference of two arrays of confidences; raises ModelError if it or a top-1 is off."""
@@ -267,7 +263,7 @@ def cuda(context: Context) -> str:
         raise Skipped("没有用 torch 在 CUDA 上运行")
     settings = {"model": context.engine.spec.name, "engine": "torch", "dtype": "float32"}
     both = (dataclasses.replace(context.recognizer, **settings, device=name) for name in ("cpu", "cuda"))
-    rows = [context.confidences(context.pixels, recognizer.load()) for recognizer in both]
+    rows = [confidences(recognizer.load(), context.pixels) for recognizer in both]
     return context.agree(*rows, 1e-3, "显卡或驱动可能有故障,建议换一台机器")
 
 
@@ -279,7 +275,7 @@ def onnx(context: Context) -> str:
     graph = infer.kept_graph(context.engine.spec.name, context.engine.version)
     if not graph.is_file():
         raise Skipped(f"{context.engine.spec.name} 的这一版还没有导出为 ONNX,请运行: {export}")
-    rows = [context.confidences(context.pixels), context.confidences(context.pixels, OnnxEngine(graph))]
+    rows = [context.confidences(context.pixels), confidences(OnnxEngine(graph), context.pixels)]
     return context.agree(*rows, context.tolerance, f"请重新导出: {export}")
 
 

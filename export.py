@@ -41,33 +41,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from infer import (
-    ModelError,
-    OnnxEngine,
-    Parser,
-    Spec,
-    TorchEngine,
-    UsageError,
-    add_model_options,
-    build_recognizer,
-    decode_image,
-    describe_image_error,
-    file_state,
-    find_images,
-    import_torch,
-    kept_graph,
-    one_line,
-    open_image,
-    preprocess,
-    remember,
-    replacing,
-    run_command,
-)
+import infer
+from infer import ModelError, OnnxEngine, Spec, TorchEngine, UsageError
 
 import numpy
 
-__all__ = ["export_graph", "find_photos", "read_pixels", "write_graph"]
+__all__ = ["confidences", "export_graph", "find_photos", "read_pixels", "write_graph"]
 
 log = logging.getLogger("wwts")
 HERE = Path(__file__).resolve().parent
@@ -77,7 +58,7 @@ LEAST, FEW, MOST = 20, 100, 500
 
 def find_photos(inputs: list[str] | None, most: int) -> list[str]:
     """The first of the images that were named, or the samples; raises UsageError if there are none."""
-    photos = list(itertools.islice(find_images(inputs or [str(HERE / "samples")]), most))
+    photos = list(itertools.islice(infer.find_images(inputs or [str(HERE / "samples")]), most))
     if not photos or not os.path.exists(photos[0]):
         raise UsageError(f"没有找到图片{'' if inputs else ' samples;请在命令里给出几张'}")
     return photos
@@ -87,10 +68,10 @@ def read_pixels(photos: list[str], spec: Spec) -> Iterator[numpy.ndarray]:
     """Images as the spec prepares them, crop×crop×3 uint8; raises UsageError at one that cannot be read."""
     for photo in photos:
         try:
-            with open_image(photo) as file:
-                yield preprocess(decode_image(file, spec), spec)
+            with infer.open_image(photo) as file:
+                yield infer.preprocess(infer.decode_image(file, spec), spec)
         except Exception as error:  # a broken file can make a decoder raise anything
-            raise UsageError(f"{photo}: {describe_image_error(error)}") from error
+            raise UsageError(f"{photo}: {infer.describe_image_error(error)}") from error
 
 
 def write_graph(engine: TorchEngine, path: Path, separate_weights: bool = False, softmax: bool = True) -> None:
@@ -100,7 +81,7 @@ def write_graph(engine: TorchEngine, path: Path, separate_weights: bool = False,
     ``separate_weights`` the weights lie beside the file in another, which is mapped into memory: that starts
     sooner and has no limit of 2 GiB. Raises ModelError if a package is missing or the model cannot be exported.
     """
-    torch = import_torch()
+    torch = infer.import_torch()
     try:
         import onnx  # noqa: F401  (torch.onnx asks for them too late and at length)
         import onnxscript  # noqa: F401
@@ -127,20 +108,34 @@ def write_graph(engine: TorchEngine, path: Path, separate_weights: bool = False,
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
+            example = (torch.zeros(2, spec.crop, spec.crop, 3, dtype=torch.uint8),)
+            shapes = ({0: torch.export.Dim("N")},)
+            graph = torch.export.export(Graph().eval(), example, dynamic_shapes=shapes)
+            batch_norm = torch.ops.aten._native_batch_norm_legit_no_training.default
             program = torch.onnx.export(
-                Graph().eval(),
-                (torch.zeros(2, spec.crop, spec.crop, 3, dtype=torch.uint8),),
+                # torch 2.5 knows no form of batch norms in ONNX.
+                graph.run_decompositions({batch_norm: decompose_batch_norm}),
+                example,
                 input_names=["pixels"],
                 output_names=["confidences" if softmax else "features"],
-                dynamic_shapes=({0: torch.export.Dim("N")},),
                 dynamo=True,
                 verbose=False,
             )
     except Exception as error:  # the exporter's reasons are as many as networks, and hundreds of lines long
-        reason = one_line(error.__cause__ or error)[:150]
+        reason = infer.one_line(error.__cause__ or error)[:150]
         raise ModelError(f"模型 {spec.name} 不能导出为 ONNX,请直接用 torch 运行它。原因: {reason}") from error
     program.model.metadata_props["wwts_spec"] = json.dumps(spec.record(), ensure_ascii=False)
     program.save(path, external_data=separate_weights)
+
+
+def decompose_batch_norm(
+    inputs: Any, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, epsilon: float
+) -> tuple[Any, Any, Any]:
+    """What aten's batch norm gives in eval mode (N×C×… and two statistics that nobody reads), as plain arithmetic."""
+    row = (1, -1, *[1] * (inputs.dim() - 2))
+    scale = (variance + epsilon).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    return inputs * scale.reshape(row) + shift.reshape(row), inputs.new_empty(0), inputs.new_empty(0)
 
 
 def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_weights: bool = False) -> float:
@@ -149,7 +144,7 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_we
     Raises ModelError also if the two do not agree in confidences or top-1.
     """
     # One by one, so that what an image's company in a batch does to its answer is seen.
-    expected = [_confidences(engine, [pixels])[0] for pixels in read_pixels(photos, engine.spec)]
+    expected = [confidences(engine, [pixels])[0] for pixels in read_pixels(photos, engine.spec)]
     if any(row.max() == row.min() for row in expected):
         raise ModelError("模型给每一类的置信度都相等,它没有训练过,或者权重没有载入")
     write_graph(engine, path, separate_weights)
@@ -157,18 +152,18 @@ def export_graph(engine: TorchEngine, path: Path, photos: list[str], separate_we
     largest = 0.0
     for pixels, wanted in zip(read_pixels(photos, engine.spec), expected, strict=True):
         # Beside copies of itself, so that a batch of a size unlike the example's is tried too.
-        given = _confidences(graph, [pixels] * 3)[1]
+        given = confidences(graph, [pixels] * 3)[1]
         largest = max(largest, float(abs(given - wanted).max()))
         if not largest <= 1e-3 or given.argmax() != wanted.argmax():
             raise ModelError(f"导出的 ONNX 与 torch 的结果不一致(置信度相差 {largest:.2g}),未保存")
     return largest
 
 
-def _confidences(engine: TorchEngine | OnnxEngine, batch: list[numpy.ndarray]) -> numpy.ndarray:
-    """N×classes confidences in the order of the outputs."""
+def confidences(engine: TorchEngine | OnnxEngine, batch: list[numpy.ndarray]) -> numpy.ndarray:
+    """N×classes confidences of images of crop×crop×3 uint8; raises ModelError if one is not finite."""
     indices, values = engine.classify(batch, engine.spec.num_classes)
     if not numpy.isfinite(values).all():
-        raise ModelError("模型输出了 NaN 或无穷大,权重有问题")
+        raise ModelError("输出了 NaN 或无穷大。可改用 --dtype float32;仍然如此则权重或机器有问题")
     return numpy.take_along_axis(values, indices.argsort(1), 1)
 
 
@@ -198,7 +193,9 @@ def export_int8(engine: TorchEngine, path: Path, checked: list[str], photos: lis
     try:
         quantize_graph(float32, path, calibrating, {"wwts_precision": "int8"})
     except Exception as error:  # as many reasons as networks
-        raise ModelError(f"模型 {engine.spec.name} 不能转成 int8,请导出成 float32。{one_line(error)[:150]}") from error
+        raise ModelError(
+            f"模型 {engine.spec.name} 不能转成 int8,请导出成 float32。{infer.one_line(error)[:150]}"
+        ) from error
     judge_graph(float32, path, judging, least)
     return largest
 
@@ -214,14 +211,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"要写的文件名应以 .onnx 结尾,而不是 {arguments.file}")
     if str(arguments.model).endswith(".onnx"):
         raise UsageError(f"{arguments.model} 已经是 ONNX 文件")
-    engine = build_recognizer(arguments, engine="torch", device="cpu", dtype="float32").load()
-    path = Path(arguments.file) if arguments.file else kept_graph(engine.spec.name, engine.version)
+    engine = infer.build_recognizer(arguments, engine="torch", device="cpu", dtype="float32").load()
+    path = Path(arguments.file) if arguments.file else infer.kept_graph(engine.spec.name, engine.version)
     if not arguments.file and not engine.files:
         raise UsageError("这个模型的文件在哪里无法得知,权重变了也看不出;请写明导出的文件名,再用 -m 指定它")
     log.info("正在导出 %s,需要十几秒到一分钟", path)
-    with replacing(path if arguments.file else path.parent) as target:
+    with infer.replacing(path if arguments.file else path.parent) as target:
         if arguments.int8:
-            ours = list(find_images(arguments.int8))
+            ours = list(infer.find_images(arguments.int8))
             difference = export_int8(engine, target, photos, ours, arguments.least_agreement)
         elif arguments.file:
             difference = export_graph(engine, target, photos)
@@ -229,7 +226,7 @@ def run(arguments: argparse.Namespace) -> int:
             target.mkdir()
             difference = export_graph(engine, target / path.name, photos, separate_weights=True)
     if not arguments.file:
-        remember(path.parent.name, {str(part): file_state(part) for part in path.parent.iterdir()})
+        infer.remember(path.parent.name, {str(part): infer.file_state(part) for part in path.parent.iterdir()})
     which = "其 float32 " * bool(arguments.int8)
     log.info("已导出 %s,%s在 %d 张照片上与 torch 的置信度最多相差 %.1g", path, which, len(photos), difference)
     return 0
@@ -237,13 +234,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = Parser("export.py", __doc__)
-    add_model_options(parser, leave_out=("device", "dtype", "engine", "batch-size", "workers", "draft"))
+    parser = infer.Parser("export.py", __doc__)
+    infer.add_model_options(parser, leave_out=("device", "dtype", "engine", "batch-size", "workers", "draft"))
     parser.add_argument("file", nargs="?")
     parser.add_argument("--photos", action="append")
     parser.add_argument("--int8", action="append")
     parser.add_argument("--least-agreement", type=float, default=0.95)
-    return run_command(run, parser, argv)
+    return infer.run_command(run, parser, argv)
 
 
 if __name__ == "__main__":
