@@ -870,6 +870,8 @@ class OnnxEngine:
                 provider = (name, {"device_id": int(device.partition(":")[2] or 0), "use_tf32": 0})
                 if name not in onnxruntime.get_available_providers():
                     raise ModelError(f"装的 onnxruntime 用不了 {device}。{USE_GPU}")
+                if hasattr(onnxruntime, "preload_dlls"):  # CUDA's libraries, where pip put them; since 1.21
+                    onnxruntime.preload_dlls()
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, [provider])
             if device.startswith("cuda") and name not in self._session.get_providers():  # it does not say so itself
                 raise ModelError(f"ONNX Runtime 用不了 {device},请用 nvidia-smi 检查显卡和驱动。{USE_GPU}")
@@ -909,7 +911,12 @@ class OnnxEngine:
     def classify(self, batch: list[numpy.ndarray], topk: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """As TorchEngine.classify."""
         with explaining("ONNX Runtime 无法运行这个模型: {}。请重新导出"):
-            (confidences,) = self._session.run(None, {self._input: numpy.stack(batch)})
+            try:
+                (confidences,) = self._session.run(None, {self._input: numpy.stack(batch)})
+            except Exception as error:  # of a class of its own for each kind of fault
+                if re.search("out of memory|Failed to allocate memory", str(error)):
+                    raise DeviceMemoryError(f"{self.device_name} 内存不足。请关闭占用它的程序,或改用 -d cpu") from error
+                raise
         shape = (len(batch), self.spec.num_classes)
         sums = confidences.sum(1) if confidences.shape == shape else None
         if sums is None or confidences.min() < 0 or (abs(sums - 1) > 0.01).any():  # false for NaN

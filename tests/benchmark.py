@@ -236,10 +236,8 @@ def main() -> None:
         labels = ROOT / "labels_zh.json"
         ways = {name: way for name, way in all_ways(large, graph, int8).items() if "compile" not in name}
         ways["bare ONNX Runtime loop, draft"] = bare(large, graph, labels, draft=True)
-        usage = subprocess.run([sys.executable, str(ROOT / "infer.py"), "--help"], capture_output=True).stdout
-        if b"--draft" in usage:
-            ways["infer.py, ONNX Runtime, --draft"] = infer(large, "wwts_cn_lite", "--engine", "onnx", "--draft")
-            ways["infer.py, ONNX Runtime, int8, draft"] = infer(large, int8, "--draft")
+        ways["infer.py, ONNX Runtime, --draft"] = infer(large, "wwts_cn_lite", "--engine", "onnx", "--draft")
+        ways["infer.py, ONNX Runtime, int8, draft"] = infer(large, int8, "--draft")
         table(f"{arguments.large} photos of 12 megapixels", ways, arguments.rounds)
 
         for index, photo in enumerate(sorted(calibration.glob("*.jpg"))):
