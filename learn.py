@@ -47,8 +47,8 @@ from learning.features import Look, Network, Store, look_at, open_backbone, run_
 from learning.training import finetune
 
 log = logging.getLogger("wwts")
-# This share of the photos, but 50 at least and 1,000 at most, is looked at again, mirrored and so much nearer.
-SECOND_LOOKS, LEAST, MOST = 0.15, 50, 1000
+# This share of the photos, but 50 at least and 2,000 at most, is looked at again, mirrored and so much nearer.
+SECOND_LOOKS, LEAST, MOST = 0.4, 50, 2000
 
 
 # ---------------------------------------------------------------- which photos
