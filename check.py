@@ -8,11 +8,8 @@
   -m, --repo, --trust-repo, --weights, --labels, --offline, -d, --dtype,
   -b, -j                  与 infer.py 相同: 检查哪个模型,怎样运行
   -f, --format FMT        text 或 jsonl [text]
-  -q, --quiet             不显示 [INFO] 信息
-  -h, --help              显示本说明
 
 示例:
-  python check.py
   python check.py -m wwts_cn_lite -d cuda
   python check.py -m 商品.onnx 商品照片/
 
@@ -38,6 +35,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import infer
 from infer import ModelError, OnnxEngine, Recognizer, TorchEngine
@@ -67,41 +65,34 @@ class Skipped(Exception):
     """A check that cannot be made here, and why."""
 
 
+@dataclasses.dataclass
 class Context:
-    """What the checks look at: the recogniser and its photos, and once the model is loaded its engine."""
+    """What the checks look at; the engine and the precision of its answers are known once the model is loaded."""
 
-    def __init__(self, recognizer: Recognizer, photos: list[str], options: str):
-        self.recognizer, self.photos, self.options = recognizer, photos, options
-        self.loaded: TorchEngine | OnnxEngine | None = None
-
-    @property
-    def engine(self) -> TorchEngine | OnnxEngine:
-        """The engine under examination."""
-        if self.loaded is None:
-            raise Skipped("模型没有加载")
-        return self.loaded
-
-    @property
-    def tolerance(self) -> float:
-        """How far confidences may be apart in the engine's precision."""
-        return 0.03 if str(getattr(self.engine, "dtype", "")).endswith("float16") else 1e-3
+    recognizer: Recognizer
+    photos: list[str]
+    options: str
+    engine: Any = None
+    tolerance: float = 1e-3
 
     @functools.cached_property
     def pixels(self) -> list[numpy.ndarray]:
         """The photos, preprocessed."""
         return list(read_pixels(self.photos, self.engine.spec))
 
-    def confidences(self, batch: list[numpy.ndarray]) -> numpy.ndarray:
-        """N×classes confidences of preprocessed images, by the engine."""
-        return confidences(self.engine, batch)
+    @functools.cached_property
+    def rows(self) -> numpy.ndarray:
+        """N×classes confidences of the photos."""
+        return confidences(self.engine, self.pixels)
 
-    def agree(self, ours: numpy.ndarray, theirs: numpy.ndarray, tolerance: float, remedy: str) -> str:
-        """The largest difference of two arrays of confidences; raises ModelError if it or a top-1 is off."""
-        difference = float(abs(ours - theirs).max())
-        found = f"置信度最多相差 {difference:.1g}"
-        if difference > tolerance or (tolerance < 0.01 and (ours.argmax(1) != theirs.argmax(1)).any()):
-            raise ModelError(f"{found}(应不超过 {tolerance:g})。{remedy}")
-        return found
+
+def agree(ours: numpy.ndarray, theirs: numpy.ndarray, tolerance: float, remedy: str) -> str:
+    """The largest difference of two arrays of confidences; raises ModelError if it or a top-1 is off."""
+    difference = float(abs(ours - theirs).max())
+    found = f"置信度最多相差 {difference:.1g}"
+    if difference > tolerance or (tolerance < 0.01 and (ours.argmax(1) != theirs.argmax(1)).any()):
+        raise ModelError(f"{found}(应不超过 {tolerance:g})。{remedy}")
+    return found
 
 
 # Each check returns what it found, raises Skipped, or raises what is wrong.
@@ -153,7 +144,9 @@ def driver_version() -> str:
 
 def weights(context: Context) -> str:
     """The model loads; its file has the SHA-256 that was published, or that an earlier check recorded."""
-    context.loaded = context.recognizer.load()
+    context.engine = context.recognizer.load()
+    if str(getattr(context.engine, "dtype", "")).endswith("float16"):  # bfloat16 too
+        context.tolerance = 0.03
     files = getattr(context.engine, "files", {context.recognizer.model: None})
     if not files:
         raise Skipped("这个模型没有说明权重在哪个文件里")
@@ -166,16 +159,13 @@ def weights(context: Context) -> str:
         if sha256 != published:
             raise ModelError(f"{found},与公布的不同。请重新安装或下载")
         return f"{found},与公布的一致"
-    record = infer.cache_folder() / f"checked-{infer.digest(path)[:16]}.txt"
-    if not record.is_file():
-        try:
-            with infer.replacing(record) as temporary:
-                temporary.write_text(sha256)
-        except ModelError as error:
-            return f"{found},没有公布的值可比,也没能记下: {error}"
-        return f"{found},没有公布的值可比,已记下供下次比较"
-    if infer.read_text(record) != sha256:
-        raise ModelError(f"{found},与上次检查时不同。不是您换的就请重新下载;是您换的,请删除 {record}")
+    key = f"checked-{infer.digest(path)[:16]}"
+    if (known := infer.recall(key)) is None:
+        infer.remember(key, {}, sha256=sha256)
+        return f"{found},没有公布的值可比,{'已记下供下次比较' if infer.recall(key) else '也没能记下'}"
+    if known.get("sha256") != sha256:
+        place = infer.cache_folder() / f"{key}.json"
+        raise ModelError(f"{found},与上次检查时不同。不是您换的就请重新下载;是您换的,请删除 {place}")
     return f"{found},与上次检查时一致"
 
 
@@ -227,7 +217,7 @@ def preprocessing(context: Context) -> str:
 
 def samples(context: Context) -> str:
     """Lite recognises the samples as the reference package does; of any other model the answers differ."""
-    rows = context.confidences(context.pixels)
+    rows = context.rows
     spec, names = context.engine.spec, [os.path.basename(photo) for photo in context.photos]
     shown = [f"{name} {spec.labels[row.argmax()]} {row.max():.3f}" for name, row in zip(names, rows, strict=True)]
     found = ",".join(shown[:8])
@@ -246,15 +236,15 @@ def samples(context: Context) -> str:
 
 def batches(context: Context) -> str:
     """An image gets the same answer alone and among others."""
-    alone = numpy.concatenate([context.confidences([pixels]) for pixels in context.pixels[:2]])
-    among = context.confidences([*context.pixels, *context.pixels])[: len(alone)]
-    return context.agree(alone, among, context.tolerance, "这个模型的答案取决于同批的图片,或者机器有问题。" + REINSTALL)
+    alone = numpy.concatenate([confidences(context.engine, [pixels]) for pixels in context.pixels[:2]])
+    among = confidences(context.engine, [*context.pixels, *context.pixels])[: len(alone)]
+    return agree(alone, among, context.tolerance, "这个模型的答案取决于同批的图片,或者机器有问题。" + REINSTALL)
 
 
 def twice(context: Context) -> str:
     """The same batch gets the same answer again."""
-    first, second = context.confidences(context.pixels), context.confidences(context.pixels)
-    return context.agree(first, second, 1e-6, "同样的输入结果不稳定,内存或显卡可能有故障,建议换一台机器")
+    again = confidences(context.engine, context.pixels)
+    return agree(context.rows, again, 1e-6, "同样的输入结果不稳定,内存或显卡可能有故障,建议换一台机器")
 
 
 def cuda(context: Context) -> str:
@@ -264,7 +254,7 @@ def cuda(context: Context) -> str:
     settings = {"model": context.engine.spec.name, "engine": "torch", "dtype": "float32"}
     both = (dataclasses.replace(context.recognizer, **settings, device=name) for name in ("cpu", "cuda"))
     rows = [confidences(recognizer.load(), context.pixels) for recognizer in both]
-    return context.agree(*rows, 1e-3, "显卡或驱动可能有故障,建议换一台机器")
+    return agree(*rows, 1e-3, "显卡或驱动可能有故障,建议换一台机器")
 
 
 def onnx(context: Context) -> str:
@@ -275,8 +265,8 @@ def onnx(context: Context) -> str:
     graph = infer.kept_graph(context.engine.spec.name, context.engine.version)
     if not graph.is_file():
         raise Skipped(f"{context.engine.spec.name} 的这一版还没有导出为 ONNX,请运行: {export}")
-    rows = [context.confidences(context.pixels), confidences(OnnxEngine(graph), context.pixels)]
-    return context.agree(*rows, context.tolerance, f"请重新导出: {export}")
+    given = confidences(OnnxEngine(graph), context.pixels)
+    return agree(context.rows, given, context.tolerance, f"请重新导出: {export}")
 
 
 def speed(context: Context) -> str:
@@ -317,6 +307,8 @@ def run(arguments: argparse.Namespace) -> int:
     counts = dict.fromkeys(marks, 0)
     for title, check in CHECKS:
         try:
+            if context.engine is None and check not in (versions, device, weights):
+                raise Skipped("模型没有加载")
             status, detail = "ok", check(context)
         except Skipped as reason:
             status, detail = "skipped", str(reason)
@@ -325,7 +317,7 @@ def run(arguments: argparse.Namespace) -> int:
         except Exception as error:  # a broken installation raises anything
             status, detail = "failed", f"{type(error).__name__}: {infer.one_line(error)}。{REINSTALL}"
         counts[status] += 1
-        name = context.loaded.spec.name if context.loaded else None
+        name = context.engine.spec.name if context.engine else None
         if arguments.format == "jsonl":
             record = {"check": check.__name__, "status": status, "detail": detail, "model": name}
             print(json.dumps(record, ensure_ascii=False), flush=True)

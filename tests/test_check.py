@@ -151,9 +151,9 @@ def test_preprocessing_that_differs_from_torchvisions(check, monkeypatch):
     def wrong(image, spec):
         return np.maximum(right(image, spec), 1)
 
-    monkeypatch.setattr(export, "preprocess", wrong)
+    monkeypatch.setattr(infer_module, "preprocess", wrong)
     assert check() == ["preprocessing"]
-    monkeypatch.setattr(export, "preprocess", right)
+    monkeypatch.setattr(infer_module, "preprocess", right)
     normalize = infer_module.TorchEngine.normalize
     monkeypatch.setattr(infer_module.TorchEngine, "normalize", lambda *a: normalize(*a).half().float())
     assert check() == ["preprocessing"]

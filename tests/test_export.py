@@ -146,7 +146,7 @@ def test_the_graph_of_an_edited_source_is_not_used_and_the_hint_says_so(exported
 def test_onnx_that_was_never_exported(infer, tmp_path):
     result = infer(*LITE, CAT, "--engine", "onnx", env={"XDG_CACHE_HOME": str(tmp_path)})
     assert result.returncode == 3 and "还没有导出" in result.stderr and result.stderr.count("\n") == 1
-    result = infer(*LITE, CAT, "--engine", "onnx", "-d", "cuda")
+    result = infer(*LITE, CAT, "--engine", "onnx", "-d", "mps")
     assert result.returncode == 2
 
 
@@ -191,7 +191,7 @@ def test_files_that_are_no_graph_of_ours(exported, tmp_path):
         result = exported("-m", tmp_path / f"{name}.onnx", CAT)
         assert result.returncode == 3 and result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
         assert message in result.stderr and f"{name}.onnx" in result.stderr
-    result = exported("-m", exported.graph, CAT, "-d", "cuda")
+    result = exported("-m", exported.graph, CAT, "-d", "mps")
     assert result.returncode == 2 and "不能" in result.stderr
 
 
