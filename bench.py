@@ -36,16 +36,15 @@ from infer import ModelError, OnnxEngine, Recognizer, Spec, TorchEngine, UsageEr
 
 from export import find_photos, read_pixels
 
-INFER = Path(__file__).resolve().with_name("infer.py")
-
 
 def cold_start(recognizer: Recognizer, photo: str) -> float:
     """Seconds from the start of a process to its first answer; raises ModelError if it gives none."""
     options = ("model", "repo", "weights", "labels", "device", "dtype", "engine")
     command = [f"--{name}={getattr(recognizer, name)}" for name in options if getattr(recognizer, name)]
     command += ["--trust-repo"] * recognizer.trust_repo + ["--offline"] * recognizer.offline
+    command = [sys.executable, Path(__file__).resolve().with_name("infer.py"), "-q", *command, "--", photo]
     start = time.perf_counter()
-    result = subprocess.run([sys.executable, INFER, "-q", *command, "--", photo], capture_output=True)
+    result = subprocess.run(command, capture_output=True)
     seconds = time.perf_counter() - start
     if result.returncode:
         errors = result.stderr.decode(errors="replace").strip().splitlines() or [f"退出状态 {result.returncode}"]
