@@ -1646,6 +1646,7 @@ class OutputFile:
 
 # What people type at infer.py, and what it is called.
 ELSEWHERE = {name: f"python {name[2:]}.py" for name in ("--export", "--check", "--bench")}
+ELSEWHERE |= {"--int8": "python export.py --int8", "--finetune": "python learn.py --finetune"}
 ELSEWHERE |= {"--price-per-hour": "python bench.py --price-per-hour", "--gpu": "-d cuda:0", "--cpu": "-d cpu"}
 
 
@@ -1682,7 +1683,7 @@ class Parser(argparse.ArgumentParser):
         option = (re.findall(r"无法识别的参数: (--?[\w-]+)", message) or [""])[0]
         if self.prog == "infer.py" and option in ELSEWHERE:
             message = f"{option} 请改用: {ELSEWHERE[option]}"
-        elif nearest := difflib.get_close_matches(option, self._option_string_actions, 1):
+        elif nearest := difflib.get_close_matches(option, self._option_string_actions, 1, 0.7):
             message += f"(是不是想用 {nearest[0]}?)"
         raise UsageError(f"{message}。用法见: python {self.prog} --help")
 

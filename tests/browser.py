@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,15 @@ def start_browser(downloads: Path) -> Any:
     options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     return webdriver.Chrome(options, webdriver.ChromeService(driver))
+
+
+def download(browser: Any, name: str) -> Path:
+    """The file of that name which a click on the page's #download saves."""
+    path = browser.downloads / name
+    path.unlink(missing_ok=True)
+    browser.find_element("css selector", "#download").click()
+    for _ in range(200):
+        if path.exists():
+            break
+        time.sleep(0.05)
+    return path

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from browser import download
 from conftest import ROOT, SAMPLES
 from PIL import Image
 
@@ -128,14 +129,7 @@ class Page:
 
     def download(self):
         """The rows of the CSV file that a click on the button saves."""
-        path = self.browser.downloads / "改正.csv"
-        path.unlink(missing_ok=True)
-        self.find("#download").click()
-        for _ in range(100):
-            if path.exists():
-                break
-            time.sleep(0.05)
-        data = path.read_bytes()
+        data = download(self.browser, "改正.csv").read_bytes()
         assert data.startswith(b"\xef\xbb\xbfpath,label\r\n")
         return [tuple(row) for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""))][1:]
 

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import infer as infer_module
 
 import pytest
+from browser import download
 from conftest import ROOT, SAMPLES, SPEC, make_graph
 from PIL import Image
 from test_hostile import BOMBS, HEADS
@@ -708,14 +709,7 @@ class Page:
         self.wait(f"document.getElementById('progress').innerText.startsWith('已识别 {number} / {number} ')")
 
     def download(self):
-        path = self.browser.downloads / "结果.csv"
-        path.unlink(missing_ok=True)
-        self.find("#download").click()
-        for _ in range(200):
-            if path.exists():
-                break
-            time.sleep(0.05)
-        return path
+        return download(self.browser, "结果.csv")
 
 
 GIVE = """
