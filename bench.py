@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,11 +55,8 @@ def cold_start(recognizer: Recognizer, photo: str) -> float:
 
 def latencies(engine: TorchEngine | OnnxEngine, pixels: list) -> list[float]:
     """Milliseconds that one image takes, sorted, after a few to warm up."""
-    marks = []
-    for _ in range(26):
-        marks.append(time.perf_counter())
-        engine.classify(pixels[:1], 5)
-    return sorted((end - start) * 1000 for start, end in itertools.pairwise(marks[5:]))
+    seconds = timeit.repeat(lambda: engine.classify(pixels[:1], 5), number=1, repeat=25)
+    return sorted(1000 * value for value in seconds[5:])
 
 
 def rate(work: Callable[[], int]) -> float:

@@ -23,7 +23,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -32,7 +31,7 @@ import re
 import shlex
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,19 +153,17 @@ def weights(context: Context) -> str:
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     found = f"{path},{os.path.getsize(path) / 1e6:.1f} MB,SHA-256 {sha256}"
-    published = getattr(getattr(context.engine, "model", None), "spec", {}).get("published_sha256")
-    if published:
-        if sha256 != published:
-            raise ModelError(f"{found},与公布的不同。请重新安装或下载")
-        return f"{found},与公布的一致"
-    key = f"checked-{infer.digest(path)[:16]}"
-    if (known := infer.recall(key)) is None:
+    known, where = getattr(getattr(context.engine, "model", None), "spec", {}).get("published_sha256"), "公布的"
+    key, remedy = f"checked-{infer.digest(path)[:16]}", "请重新安装或下载"
+    if not known:
+        known, where = (infer.recall(key) or {}).get("sha256"), "上次检查时"
+        remedy = f"不是您换的就{remedy};是您换的,请删除 {infer.cache_folder() / key}.json"
+    if not known:
         infer.remember(key, {}, sha256=sha256)
         return f"{found},没有公布的值可比,{'已记下供下次比较' if infer.recall(key) else '也没能记下'}"
-    if known.get("sha256") != sha256:
-        place = infer.cache_folder() / f"{key}.json"
-        raise ModelError(f"{found},与上次检查时不同。不是您换的就请重新下载;是您换的,请删除 {place}")
-    return f"{found},与上次检查时一致"
+    if sha256 != known:
+        raise ModelError(f"{found},与{where}不同。{remedy}")
+    return f"{found},与{where}一致"
 
 
 def parameters(context: Context) -> str:
@@ -252,7 +249,9 @@ def cuda(context: Context) -> str:
     if not context.engine.device_name.startswith("cuda") or isinstance(context.engine, OnnxEngine):
         raise Skipped("没有用 torch 在 CUDA 上运行")
     settings = {"model": context.engine.spec.name, "engine": "torch", "dtype": "float32"}
-    both = (dataclasses.replace(context.recognizer, **settings, device=name) for name in ("cpu", "cuda"))
+    both = (
+        dataclasses.replace(context.recognizer, **settings, device=name) for name in ("cpu", str(context.engine.device))
+    )
     rows = [confidences(recognizer.load(), context.pixels) for recognizer in both]
     return agree(*rows, 1e-3, "显卡或驱动可能有故障,建议换一台机器")
 
@@ -271,14 +270,11 @@ def onnx(context: Context) -> str:
 
 def speed(context: Context) -> str:
     """Time of one image and of batches, against what is usual for model and device."""
-    batch = (context.pixels * 64)[: context.recognizer.batch_size]
+    engine, batch = context.engine, (context.pixels * 64)[: context.recognizer.batch_size]
 
     def milliseconds(images: list[numpy.ndarray], times: int) -> list[float]:
-        marks = [time.perf_counter()]
-        for _ in range(times + 3):  # the first ones allocate and plan
-            context.engine.classify(images, 5)
-            marks.append(time.perf_counter())
-        return sorted(1000 * (end - start) for start, end in itertools.pairwise(marks[3:]))
+        seconds = timeit.repeat(lambda: engine.classify(images, 5), number=1, repeat=times + 3)
+        return sorted(1000 * value for value in seconds[3:])  # the first ones allocate and plan
 
     alone, together = milliseconds(context.pixels[:1], 20), milliseconds(batch, 5)
     found = f"单张 {alone[10]:.1f} 毫秒,每批 {len(batch)} 张时 {1000 * len(batch) / together[2]:.1f} 张/秒"
