@@ -51,11 +51,6 @@
 
 退出状态: 0 全部识别  1 有图片失败,其余已完成  2 用法错误
           3 模型、权重或标签不可用,或写不进去  130 被中断
-
-作为库使用:
-  from infer import Recognizer
-  recognizer = Recognizer("wwts_cn_lite", device="cpu")
-  print(recognizer("cat.jpg").predictions[0].label)
 """
 
 # arguments → paths → images (decoded in threads) → engine → top-k with labels → writer
