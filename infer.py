@@ -1541,12 +1541,10 @@ class OutputFile:
 
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            inode = os.fstat(self._file.fileno()).st_ino
-            with contextlib.suppress(OSError):  # who it is can be read on Linux
-                locks = re.findall(rf"FLOCK .* (\d+) \S+:{inode} ", Path("/proc/locks").read_text())
-            raise UsageError(
-                f"{self.path} 正由另一个进程{locks[0] if locks else ''}写入。等它做完,或换一个文件名"
-            ) from error
+            inode, who = os.fstat(self._file.fileno()).st_ino, ""
+            with contextlib.suppress(OSError, IndexError):  # who it is can be read on Linux
+                who = re.findall(rf"FLOCK .* (\d+) \S+:{inode} ", Path("/proc/locks").read_text())[0]
+            raise UsageError(f"{self.path} 正由另一个进程{who}写入。等它做完,或换一个文件名") from error
         except (ImportError, OSError) as error:  # not on Windows, nor on every file system
             log.debug("no lock: %s", error)
         if os.fstat(self._file.fileno()).st_ino != os.stat(self.path).st_ino:  # replaced since by --retry-failed

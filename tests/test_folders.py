@@ -570,3 +570,13 @@ def test_heic_photos_are_read_where_the_package_is_installed(infer, tiny_graph, 
     assert result.returncode == 0 and "跳过" not in result.stderr, result.stderr
     first, second = map(json.loads, result.stdout.splitlines())
     assert first["results"] == second["results"] and first["path"].endswith("1.heic")
+
+
+def test_a_second_run_is_told_where_nobody_says_who_the_first_is(tmp_path, monkeypatch):
+    """There is no /proc on other systems than Linux."""
+    first, second = (infer_module.OutputFile(tmp_path / "out.jsonl", infer_module.Jsonl(5)) for _ in range(2))
+    first.lock()
+    with monkeypatch.context() as patch, pytest.raises(infer_module.UsageError, match="正由另一个进程写入"):
+        patch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
+        second.lock()
+    first.close()
