@@ -109,7 +109,7 @@ if TYPE_CHECKING:
 
 __version__ = "2.0.0"
 __all__ = [
-    "HubModel", "Identity", "ModelError", "OnnxEngine", "Parser", "Prediction", "Recognizer", "Result", "Spec",
+    "Cache", "HubModel", "Identity", "ModelError", "OnnxEngine", "Parser", "Prediction", "Recognizer", "Result", "Spec",
     "TorchEngine", "UsageError", "add_model_options", "build_recognizer", "cache_folder", "choose_device",
     "compute_version", "decode_image", "describe_image_error", "digest", "escape_cell", "explaining",
     "file_state", "find_classifier", "find_images", "has_nvidia_gpu", "import_torch", "kept_graph",
@@ -931,7 +931,7 @@ class OnnxEngine:
 
 
 class Cache:
-    """Answers by key, in an SQLite file or a Redis server; one that breaks costs a warning, no more."""
+    """Texts by key, in an SQLite file or a Redis server; one that breaks costs a warning, no more."""
 
     def __init__(self, location: str):
         self._lock, self._location, self._functions = threading.Lock(), location, None
@@ -943,20 +943,13 @@ class Cache:
         elif "://" in location:
             raise UsageError(f"--cache {self._shown} 应是文件,或以 redis://、rediss://、unix:// 开头的地址")
 
-    def get(self, key: str, least: int) -> list | None:
-        """The rows of label, confidence and index kept under a key, if they are that many; the first ``least``."""
-        text = self._call(0, key)
-        try:
-            rows = json.loads(text or "null")
-            kinds = {tuple(map(type, row)) for row in rows}
-            right = kinds == {(str, float, int)} and len(rows) >= least and all(0 <= row[1] <= 1 for row in rows)
-        except (ValueError, TypeError, RecursionError):  # this program did not put that there
-            return None
-        return rows[:least] if right else None
+    def get(self, key: str) -> str | bytes | None:
+        """The text kept under a key."""
+        return self._call(0, key)
 
-    def put(self, key: str, rows: list) -> None:
-        """Keep rows under a key."""
-        self._call(1, key, json.dumps(rows))
+    def put(self, key: str, text: str) -> None:
+        """Keep a text under a key."""
+        self._call(1, key, text)
 
     def _call(self, function: int, *arguments: str) -> Any:
         with self._lock:
@@ -992,6 +985,18 @@ class Cache:
 
 
 # ---------------------------------------------------------------- recognizer
+
+
+def _parse_rows(text: str | bytes | None, least: int) -> list | None:
+    """Label, confidence and index of the first ``least`` labels of a cached answer; None if it is none."""
+    try:
+        rows = json.loads(text or "null")
+        kinds = {tuple(map(type, row)) for row in rows}
+        right = kinds == {(str, float, int)} and len(rows) >= least and all(0 <= row[1] <= 1 for row in rows)
+    except (ValueError, TypeError, RecursionError):  # this program did not put that there
+        return None
+    return rows[:least] if right else None
+
 
 # What an argument of Recognizer may be, as a pattern and in words.
 COUNT = (r"[1-9]\d*", "不小于 1 的整数")
@@ -1273,7 +1278,7 @@ class Recognizer:
                         key.update(chunk)
                     file.seek(0)
                     key = f"wwts:{key.hexdigest()}:{identity.version}"
-                    if rows := self._cache.get(key, min(self.topk, identity.num_classes)):
+                    if rows := _parse_rows(self._cache.get(key), min(self.topk, identity.num_classes)):
                         return _Prepared(path, cached=rows)
                 spec, start = self.load().spec, time.thread_time()
                 decoded = decode_image(file, spec)
@@ -1297,7 +1302,7 @@ class Recognizer:
         for path, pixels, key, cached, error, _ in batch:
             rows = cached if pixels is None else next(answers)
             if rows and key:
-                self._cache.put(key, rows)
+                self._cache.put(key, json.dumps(rows))
             if not rows and error is None:
                 error = "模型输出了 NaN 或无穷大,结果不可信;可改用 --dtype float32"
             kept = tuple(Prediction(*row) for row in rows or () if row[1] >= self.threshold)

@@ -43,7 +43,7 @@ import infer
 import numpy
 
 from learning.classifier import answer, cross_validate, find_suspects, fit_head, gather, judge, root
-from learning.features import Look, Network, Store, look_at, open_backbone, run_torch
+from learning.features import Look, Network, look_at, open_backbone, run_torch
 from learning.training import finetune
 
 log = logging.getLogger("wwts")
@@ -165,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise infer.ModelError("缺少 safetensors,请运行: pip install safetensors")
     labels, corrected = collect(arguments.inputs)
     arguments.source = (arguments.repo, arguments.trust_repo, arguments.weights, None, arguments.offline)
-    network, store = open_backbone(arguments, len(labels)), Store(infer.cache_folder() / "features.sqlite")
+    network, store = open_backbone(arguments, len(labels)), infer.Cache(str(infer.cache_folder() / "features.sqlite"))
     share = max(min(LEAST / len(labels), 1), min(SECOND_LOOKS, MOST / len(labels)))
     seen = look_at(list(labels), network, arguments, store, share)
     learned = choose(labels, corrected, seen)

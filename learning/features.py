@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import dataclasses
 import datetime
 import hashlib
@@ -11,12 +12,10 @@ import io
 import logging
 import math
 import os
-import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import infer
 
@@ -102,27 +101,6 @@ def open_backbone(arguments: argparse.Namespace, photos: int) -> Network:
     return Network(infer.Spec.parse(known["spec"], name), version, known["parameters"], run)
 
 
-class Store:
-    """Rows of features in an SQLite file; one that cannot be used costs a warning, no more."""
-
-    def __init__(self, path: Path):
-        self._path, self._lock, self._file = path, threading.Lock(), None
-
-    def ask(self, query: str, *values: Any) -> tuple | None:
-        """What an SQL query finds first."""
-        with self._lock:
-            try:
-                if self._file is None:
-                    self._path.parent.mkdir(parents=True, exist_ok=True)
-                    self._file = sqlite3.connect(self._path, 30, isolation_level=None, check_same_thread=False)
-                    self._file.execute("PRAGMA journal_mode=WAL")
-                    self._file.execute("CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, row BLOB)")
-                return self._file.execute(query, values).fetchone()
-            except (OSError, sqlite3.Error) as error:
-                log.warning("%s 不能使用(%s),下次学习要重新计算", self._path, error)
-                self.ask = lambda *_: None
-
-
 def time_taken(data: bytes) -> float:
     """Seconds since 1970, of the camera's clock, at which a photo says that it was taken; NaN if it does not."""
     try:
@@ -135,7 +113,7 @@ def time_taken(data: bytes) -> float:
 
 
 def look_at(
-    paths: list[str], network: Network, arguments: argparse.Namespace, store: Store, share: float = 0
+    paths: list[str], network: Network, arguments: argparse.Namespace, store: infer.Cache, share: float = 0
 ) -> dict[str, Look | str]:
     """Path → what the network sees, with a second look for this share of the photos; or why it cannot be read."""
     nearer = dataclasses.replace(network.spec, resize=round(NEARER * network.spec.resize))
@@ -149,8 +127,8 @@ def look_at(
                 digest = hashlib.sha256(data).hexdigest()
                 looks = 2 if int(digest[:8], 16) < share * 2**32 else 1
                 keys = [f"{network.version}-{digest}-{look}" for look in range(looks)]
-                known = [store.ask("SELECT row FROM rows WHERE key = ?", key) for key in keys]
-                rows = [found and numpy.frombuffer(found[0], numpy.float32) for found in known]
+                known = [store.get(key) for key in keys]
+                rows = [found and numpy.frombuffer(base64.b64decode(found), numpy.float32) for found in known]
                 image = None if all(known) else infer.decode_image(io.BytesIO(data), network.spec)
                 for look in (look for look in range(looks) if not known[look]):
                     view = (ImageOps.mirror(image), nearer) if look else (image, network.spec)
@@ -167,7 +145,7 @@ def look_at(
             raise infer.ModelError("网络的特征不是每张照片一行有限的数;请换一个模型,或用 --dtype float32")
         for (rows, look, key), row in zip(missing, outputs, strict=True):
             rows[look] = row
-            store.ask("INSERT OR REPLACE INTO rows VALUES (?, ?)", key, row.tobytes())
+            store.put(key, base64.b64encode(row.tobytes()).decode())
         return seen
 
     seen, size = {}, arguments.batch_size or 8

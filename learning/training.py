@@ -15,7 +15,7 @@ import infer
 import numpy
 
 from learning.classifier import Photos, answer, find_temperature, judge
-from learning.features import Network, Store, look_at, run_torch
+from learning.features import Network, look_at, run_torch
 
 log = logging.getLogger("wwts")
 # Photos a step, rates of the head and of the rest for so many steps, shares of a photo that are cut out.
@@ -102,7 +102,7 @@ def finetune(
                 losses.append(loss.item())
                 bar.set_postfix_str(f"第 {epoch}/{epochs} 轮,损失 {numpy.mean(losses):.3f}")
                 bar.update(1)
-        seen = look_at(paths, network._replace(run=run_torch(engine)), arguments, Store(Path(":memory:")))
+        seen = look_at(paths, network._replace(run=run_torch(engine)), arguments, infer.Cache(":memory:"))
         if gone := [path for path in paths if isinstance(seen[path], str)]:
             raise infer.UsageError(f"{gone[0]}: {seen[gone[0]]}。请放回照片,加上 --resume 接着做")
         logits = numpy.stack([seen[path].rows[0] for path in paths])

@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from infer import Parser, add_model_options, cache_folder
+from infer import Cache, Parser, add_model_options, cache_folder
 
 import learn
 
@@ -31,7 +31,7 @@ def main():
     arguments.source = (None, False, None, None, False)
     parts = [learn.collect([folder])[0] for folder in sys.argv[1:3]]
     names = sorted(set(parts[0].values()))
-    network, store = learn.open_backbone(arguments, 1000), learn.Store(cache_folder() / "features.sqlite")
+    network, store = learn.open_backbone(arguments, 1000), Cache(str(cache_folder() / "features.sqlite"))
     shares = (max(learn.LEAST / len(parts[0]), learn.SECOND_LOOKS), 0)
     train, test = (
         learn.gather(labels, learn.look_at(list(labels), network, arguments, store, share))
