@@ -33,9 +33,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import infer
-from infer import ModelError, OnnxEngine, Recognizer, Spec, TorchEngine, UsageError
+from infer import ModelError, OnnxEngine, Recognizer, Spec, UsageError
 
 from export import find_photos, read_pixels
+from wwts import torch_engine
+from wwts.torch_engine import TorchEngine
 
 
 def cold_start(recognizer: Recognizer, photo: str) -> float:
@@ -109,7 +111,7 @@ def measure(recognizer: Recognizer, photos: list[str], price: float | None) -> I
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         yield "内存峰值", peak, "MiB"
     if on_cuda:
-        yield "显存峰值", infer.import_torch().cuda.max_memory_allocated() / 2**20, "MiB"
+        yield "显存峰值", torch_engine.import_torch().cuda.max_memory_allocated() / 2**20, "MiB"
     if price is not None:
         yield "每千张费用", price / 3600 / end_to_end * 1000, "元"
 

@@ -19,17 +19,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import os
-import platform
-import re
 import shlex
-import subprocess
 import sys
 import timeit
 from collections.abc import Callable
@@ -37,11 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import infer
-from infer import ModelError, OnnxEngine, Recognizer, TorchEngine
+from infer import ModelError, OnnxEngine, Recognizer
 
 import numpy
 
+from checking.installation import device, versions
 from export import confidences, find_photos, read_pixels
+from wwts import memory
+from wwts.torch_engine import REINSTALL, TorchEngine
 
 log = logging.getLogger("wwts")
 HERE = Path(__file__).resolve().parent
@@ -56,7 +55,6 @@ LITE_ANSWERS = {
 }
 # Milliseconds for one image with torch: CPU, measured on 2 cores; CUDA, estimated from the number of kernels launched.
 USUAL_LATENCY = {(LITE, "cpu"): 40, (BASE, "cpu"): 250, (LITE, "cuda"): 10, (BASE, "cuda"): 25}
-REINSTALL = "请运行: pip install --force-reinstall torch torchvision"
 BROKEN = "权重、标签、预处理或机器有问题: 请先看以上各行,再重新安装 requirements.txt"
 
 
@@ -97,50 +95,6 @@ def agree(ours: numpy.ndarray, theirs: numpy.ndarray, tolerance: float, remedy: 
 # Each check returns what it found, raises Skipped, or raises what is wrong.
 
 
-def versions(context: Context) -> str:
-    """Python and the packages; each at least what requirements.txt asks for, and torchvision fits torch."""
-    found, needs_torch = infer.package_versions(), not context.recognizer.model_is_file
-    requirements = HERE / "requirements.txt"
-    lines = requirements.read_text().splitlines() if requirements.is_file() else []
-    for name, least in (line.split(">=") for line in lines if ">=" in line):
-        has, wants = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (found.get(name, ""), least))
-        if has < wants and (needs_torch or not name.startswith("torch")):
-            state = f"{name} {found[name]} 太旧" if has else f"缺少 {name}"
-            raise ModelError(f"{state},请运行: pip install '{name}>={least}'")
-    if needs_torch:
-        infer.import_torch()
-        with infer.explaining(f"torchvision 无法导入({{}})。{REINSTALL}"):
-            import torchvision  # noqa: F401
-    return ",".join(f"{name} {version}" for name, version in found.items())
-
-
-def device(context: Context) -> str:
-    """The device computes; its memory, driver and CUDA."""
-    name, cores = "cpu", os.cpu_count()
-    if not context.recognizer.model_is_file:
-        torch = infer.import_torch()
-        chosen = infer.choose_device(context.recognizer.device)
-        if chosen.type == "cuda":
-            free, total = (size / 2**30 for size in torch.cuda.mem_get_info(chosen))
-            title = f"{chosen} {torch.cuda.get_device_name(chosen)},显存 {total:.1f} GiB(空闲 {free:.1f})"
-            return f"{title},CUDA {torch.version.cuda},驱动 {driver_version() or '未知'}"
-        if context.recognizer.device == "auto" and infer.has_nvidia_gpu():
-            raise ModelError(f"有 NVIDIA 显卡,但 torch {torch.__version__} 用不了它。{REINSTALL}")
-        name = str(chosen)
-    memory = ""
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
-        memory = f",内存 {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    return f"{name} {platform.machine()},{cores} 核{memory}"
-
-
-def driver_version() -> str:
-    """Of the NVIDIA driver; empty where it does not say."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.partition("\n")[0]
-    return ""
-
-
 def weights(context: Context) -> str:
     """The model loads; its file has the SHA-256 that was published, or that an earlier check recorded."""
     context.engine = context.recognizer.load()
@@ -156,11 +110,11 @@ def weights(context: Context) -> str:
     known, where = getattr(getattr(context.engine, "model", None), "spec", {}).get("published_sha256"), "公布的"
     key, remedy = f"checked-{infer.digest(path)[:16]}", "请重新安装或下载"
     if not known:
-        known, where = (infer.recall(key) or {}).get("sha256"), "上次检查时"
+        known, where = (memory.recall(key) or {}).get("sha256"), "上次检查时"
         remedy = f"不是您换的就{remedy};是您换的,请删除 {infer.cache_folder() / key}.json"
     if not known:
-        infer.remember(key, {}, sha256=sha256)
-        return f"{found},没有公布的值可比,{'已记下供下次比较' if infer.recall(key) else '也没能记下'}"
+        memory.remember(key, {}, sha256=sha256)
+        return f"{found},没有公布的值可比,{'已记下供下次比较' if memory.recall(key) else '也没能记下'}"
     if sha256 != known:
         raise ModelError(f"{found},与{where}不同。{remedy}")
     return f"{found},与{where}一致"
@@ -261,7 +215,7 @@ def onnx(context: Context) -> str:
     if isinstance(context.engine, OnnxEngine):
         raise Skipped("正在检查的就是 ONNX")
     export = f"python export.py{context.options or f' -m {context.engine.spec.name}'}"
-    graph = infer.kept_graph(context.engine.spec.name, context.engine.version)
+    graph = memory.kept_graph(context.engine.spec.name, context.engine.version)
     if not graph.is_file():
         raise Skipped(f"{context.engine.spec.name} 的这一版还没有导出为 ONNX,请运行: {export}")
     given = confidences(OnnxEngine(graph), context.pixels)

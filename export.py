@@ -44,9 +44,12 @@ from pathlib import Path
 from typing import Any
 
 import infer
-from infer import ModelError, OnnxEngine, Spec, TorchEngine, UsageError
+from infer import ModelError, OnnxEngine, Spec, UsageError
 
 import numpy
+
+from wwts import files, memory, torch_engine
+from wwts.torch_engine import TorchEngine
 
 __all__ = ["confidences", "export_graph", "find_photos", "read_pixels", "write_graph"]
 
@@ -81,7 +84,7 @@ def write_graph(engine: TorchEngine, path: Path, separate_weights: bool = False,
     ``separate_weights`` the weights lie beside the file in another, which is mapped into memory: that starts
     sooner and has no limit of 2 GiB. Raises ModelError if a package is missing or the model cannot be exported.
     """
-    torch = infer.import_torch()
+    torch = torch_engine.import_torch()
     try:
         import onnx  # noqa: F401  (torch.onnx asks for them too late and at length)
         import onnxscript  # noqa: F401
@@ -212,11 +215,11 @@ def run(arguments: argparse.Namespace) -> int:
     if str(arguments.model).endswith(".onnx"):
         raise UsageError(f"{arguments.model} 已经是 ONNX 文件")
     engine = infer.build_recognizer(arguments, engine="torch", device="cpu", dtype="float32").load()
-    path = Path(arguments.file) if arguments.file else infer.kept_graph(engine.spec.name, engine.version)
+    path = Path(arguments.file) if arguments.file else memory.kept_graph(engine.spec.name, engine.version)
     if not arguments.file and not engine.files:
         raise UsageError("这个模型的文件在哪里无法得知,权重变了也看不出;请写明导出的文件名,再用 -m 指定它")
     log.info("正在导出 %s,需要十几秒到一分钟", path)
-    with infer.replacing(path if arguments.file else path.parent) as target:
+    with files.replacing(path if arguments.file else path.parent) as target:
         if arguments.int8:
             ours = list(infer.find_images(arguments.int8))
             difference = export_int8(engine, target, photos, ours, arguments.least_agreement)
@@ -226,7 +229,7 @@ def run(arguments: argparse.Namespace) -> int:
             target.mkdir()
             difference = export_graph(engine, target / path.name, photos, separate_weights=True)
     if not arguments.file:
-        infer.remember(path.parent.name, {str(part): infer.file_state(part) for part in path.parent.iterdir()})
+        memory.remember(path.parent.name, {str(part): memory.file_state(part) for part in path.parent.iterdir()})
     which = "其 float32 " * bool(arguments.int8)
     log.info("已导出 %s,%s在 %d 张照片上与 torch 的置信度最多相差 %.1g", path, which, len(photos), difference)
     return 0

@@ -6,16 +6,13 @@
   图片                    图片文件、文件夹(含子文件夹)、通配符,
                           或 - (从标准输入读路径,每行一个)
 模型:
-  -m, --model NAME        模型入口名,export.py 导出的 .onnx 文件,或 learn.py
-                          学得的 .safetensors 文件
+  -m, --model NAME        入口名,或 export.py、learn.py 写的 .onnx、.safetensors
                           [wwts_cn_base,没有权重时 wwts_cn_lite]
   --repo REPO             torch.hub 仓库: 文件夹或 OWNER/NAME[:REF]
                           [infer.py 所在文件夹]
   --trust-repo            允许运行远程仓库的代码
-  --weights PATH          权重文件,或含 pytorch_model.pt 和 meta_info.txt
-                          的文件夹
-  --labels FILE           改用这个标签文件(JSON、每行一个名称的文本或
-                          meta_info.txt)
+  --weights PATH          权重文件,或它和 meta_info.txt 所在的文件夹
+  --labels FILE           改用此标签文件: JSON、每行一个名称、meta_info.txt
   --offline               不访问网络(同环境变量 WWTS_OFFLINE=1)
   -d, --device DEV        auto、cpu、cuda、cuda:N、mps [auto]
   --dtype TYPE            auto、float32、float16、bfloat16
@@ -33,10 +30,8 @@
   --resume                接着写 -o 的文件,跳过已有记录的图片
   --retry-failed          同 --resume,并重做记录为失败的图片
   --overwrite             覆盖 -o 的文件
-  --expect LABEL          前 K 个标签里应有它(可写多个,有一个即可),
-                          否则退出状态 1
-  --cache [FILE]          缓存结果,同一图片不再重算;可以是 redis://…
-                          [用户缓存文件夹]
+  --expect LABEL          前 K 个标签里没有它就退出 1(可写多个,有一个即可)
+  --cache [FILE]          缓存结果,同图不再算;可为 redis://… [用户缓存文件夹]
   -q, --quiet             不显示 [INFO] 信息和进度
   --log-time              每行信息前写上时间
   --version               显示版本
@@ -72,7 +67,6 @@ import functools
 import glob
 import hashlib
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -82,15 +76,12 @@ import mmap
 import os
 import queue
 import re
-import shutil
 import signal
 import stat
-import tempfile
 import threading
 import time
 import types
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -105,25 +96,19 @@ except ImportError as missing:
     sys.exit(3)
 
 if TYPE_CHECKING:
-    import torch
+    from wwts.torch_engine import TorchEngine
 
 __version__ = "2.0.0"
 __all__ = [
-    "Cache", "HubModel", "Identity", "ModelError", "OnnxEngine", "Parser", "Prediction", "Recognizer", "Result", "Spec",
-    "TorchEngine", "UsageError", "add_model_options", "build_recognizer", "cache_folder", "choose_device",
-    "compute_version", "decode_image", "describe_image_error", "digest", "escape_cell", "explaining",
-    "file_state", "find_classifier", "find_images", "has_nvidia_gpu", "import_torch", "kept_graph",
-    "load_hub_model", "load_learned_model", "one_line", "open_image", "package_versions", "preprocess",
-    "printable", "progress_bar", "read_labels", "read_text", "recall", "remember", "replacing", "run_command",
-    "unescape_cell",
+    "DeviceMemoryError", "Identity", "ModelError", "OnnxEngine", "Parser", "Prediction", "Recognizer", "Result", "Spec",
+    "UsageError", "add_model_options", "build_recognizer", "cache_folder", "compute_version", "decode_image",
+    "describe_image_error", "digest", "escape_cell", "explaining", "find_images", "has_nvidia_gpu", "make_form",
+    "one_line", "open_image", "preprocess", "printable", "progress_bar", "run_command",
 ]  # fmt: skip
 
-HERE = Path(__file__).resolve().parent
-DEFAULT_MODEL, FALLBACK_MODEL = "wwts_cn_base", "wwts_cn_lite"
-# The classic ImageNet evaluation pipeline, for hub models that bring no spec of their own.
-CLASSIC_SPEC = dict(
-    resize=256, crop=224, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]
-)
+# The parts of this program in the folder wwts import this file by its name, also where it is the program that runs.
+sys.modules.setdefault("infer", sys.modules[__name__])
+
 # Far beyond what is meant so: bytes of a text file, a record or a path; bytes of an image file; scans of a JPEG.
 MOST_TEXT, MOST_IMAGE, MOST_SCANS = 2**26, 2**30, 100
 # Against full decoding, over 110 camera photos, the top-1 label was the same for 93.6, 98.2 and 99.1 % at 1, 2 and 3.
@@ -132,7 +117,6 @@ DRAFT_MARGIN = 2
 UNREAD = dict.fromkeys((".heic", ".heif"), "要识别请运行: pip install pillow-heif")
 UNREAD |= dict.fromkeys(".jxl .avif .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split(), "要识别请先转成 .jpg")
 USE_GPU = "请运行: pip uninstall onnxruntime,再运行: pip install onnxruntime-gpu;或改用 -d cpu"
-REINSTALL = "请运行: pip install --force-reinstall torch torchvision"
 
 log = logging.getLogger("wwts")
 CACHE_HIT = logging.INFO + 1  # a level of its own, for its own word in brackets
@@ -160,6 +144,34 @@ class UsageError(ModelError):
 
 class ImageError(OSError):
     """An image is refused for a reason that the message tells in Chinese."""
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an exception, or else its class, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def explaining(message: str, kinds: type | tuple[type, ...] = (Exception, SystemExit)) -> Iterator[None]:
+    """Turn exceptions (of some kinds, or any) into a ModelError, ``{}`` in whose message stands for the reason."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except kinds as error:
+        raise ModelError(message.replace("{}", one_line(error))) from error
+
+
+def import_part(name: str) -> Any:
+    """A module of the folder wwts, without which this file runs .onnx files and no more; or raise ModelError."""
+    with explaining("infer.py 旁边没有文件夹 wwts({})。请复制整个项目;只有 infer.py 时用 -m 文件.onnx", ImportError):
+        return importlib.import_module(f"wwts.{name}")
+
+
+def cache_folder() -> Path:
+    """The folder for what this program keeps for the user: results, exported graphs and what it remembers."""
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "wwts"
 
 
 # ---------------------------------------------------------------- what a model is, and what it answers
@@ -224,18 +236,15 @@ class Spec:
     def parse(cls, given: Any, source: str, labels: list[str] | None = None) -> Spec:
         """Check what a repository or a file says of itself; ``labels`` replace its own.
 
-        Without either, a model of 1,000 classes gets ImageNet's names in Chinese. Raises ModelError if images
-        cannot be prepared by it, or if the labels are not as many as the outputs.
+        Raises ModelError if images cannot be prepared by it, or if the labels are not as many as the outputs.
         """
 
         def are(values: Any, length: int, *kinds: type) -> bool:
             right = isinstance(values, (list, tuple)) and len(values) == length
             return right and all(type(v) in kinds and (kinds == (str,) or math.isfinite(v)) for v in values)
 
-        v = {
-            field.name: given.get(field.name) if isinstance(given, Mapping) else None
-            for field in dataclasses.fields(cls)
-        }
+        given = given if isinstance(given, Mapping) else {}
+        v = {field.name: given.get(field.name) for field in dataclasses.fields(cls)}
         sizes, own = [v["num_classes"], v["crop"], v["resize"]], v["labels"]
         v["draft"] = bool(v["draft"])
         right = are(sizes, 3, int) and sizes[0] > 0 and 0 < sizes[1] <= sizes[2] <= 4096
@@ -243,8 +252,6 @@ class Spec:
         right = right and are(v["mean"], 3, int, float) and are(v["std"], 3, int, float) and all(v["std"])
         if not right or own is not None and not (isinstance(own, (list, tuple)) and are(own, len(own), str)):
             raise ModelError(f"{source} 的 spec 有误,无法得知怎样准备图片和读取结果")
-        if labels is None and own is None and v["num_classes"] == 1000:
-            labels = read_labels(HERE / "labels_zh.json")
         labels = own if labels is None else labels
         if labels is None:
             raise ModelError(f"{source} 有 {v['num_classes']} 个输出,但没有自带标签,请用 --labels 指定标签文件")
@@ -401,9 +408,8 @@ def describe_image_error(error: Exception) -> str:
         PermissionError: "没有读取权限",
         MemoryError: "内存不足,无法解码",
     }
-    for kind, reason in reasons.items():
-        if isinstance(error, kind):
-            return reason
+    if reason := next((reason for kind, reason in reasons.items() if isinstance(error, kind)), None):
+        return reason
     if "Ghostscript" in text or "cannot find loader" in text:
         return "不支持 EPS、WMF 等矢量图"
     if isinstance(error, OSError) and error.errno:  # said by the system
@@ -411,341 +417,7 @@ def describe_image_error(error: Exception) -> str:
     return f"图像数据不完整或已损坏({text})"
 
 
-# ---------------------------------------------------------------- small files
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an exception, or else its class, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextlib.contextmanager
-def explaining(message: str, kinds: type | tuple[type, ...] = (Exception, SystemExit)) -> Iterator[None]:
-    """Turn exceptions (of some kinds, or any) into a ModelError, ``{}`` in whose message stands for the reason."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except kinds as error:
-        raise ModelError(message.replace("{}", one_line(error))) from error
-
-
-def read_text(path: str | os.PathLike) -> str:
-    """The UTF-8 text of a file; raises OSError, or ValueError if it is no text or longer than 64 MiB."""
-    with open(path, "rb") as file:
-        data = file.read(MOST_TEXT + 1)
-    if len(data) > MOST_TEXT:
-        raise ValueError(f"超过 {MOST_TEXT >> 20} MiB")
-    return data.decode("utf-8-sig")
-
-
-def read_labels(path: str | os.PathLike) -> list[str]:
-    """Read labels: a JSON list, a JSON object of index → name, a text of a name a line, or a meta_info.txt.
-
-    Raises ModelError when the file cannot be read or its shape is none of these.
-    """
-    with explaining(f"标签文件 {path} 无法读取: {{}}。应是 UTF-8 编码的文本", (OSError, ValueError, RecursionError)):
-        text = read_text(path).strip("\r\n")
-        is_json = re.match(r'[\[{]\s*["\[\]{}]|\[\s*[\d-]|\[NaN', text)  # and not a name such as [PAD]
-        labels = json.loads(text) if is_json else text.split("\n")
-    if isinstance(labels, dict):
-        with explaining(f"标签文件 {path} 缺少序号 {{}}", KeyError):
-            labels = [labels[str(index)] for index in range(len(labels))]
-    elif not is_json:
-        table = all("\t" in line for line in labels)  # meta_info.txt: the label is column 1
-        labels = [(line.split("\t")[1] if table else line).strip() for line in labels]
-    if not all(isinstance(label, str) for label in labels) or not any(labels):
-        raise ModelError(f"标签文件 {path} 应是一组名称(JSON 列表、JSON 对象、每行一个名称的文本或 meta_info.txt)")
-    return labels
-
-
-def cache_folder() -> Path:
-    """The folder for what this program keeps for the user: results, exported graphs and what it remembers."""
-    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "wwts"
-
-
-def kept_graph(name: str, version: str) -> Path:
-    """Where export.py keeps the graph of a model's version; ``recall(its folder's name)`` vouches for it."""
-    return cache_folder() / f"graph-{name}-{version}" / "graph.onnx"
-
-
-def file_state(path: str | os.PathLike) -> list[int] | None:
-    """Size, and times of last change of content and entry, of a file; None where there is none."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def remember(key: str, states: Mapping[str, Any], **facts: Any) -> None:
-    """Keep facts that hold as long as files are in the states that ``file_state`` gave before they were read."""
-    try:
-        with replacing(cache_folder() / f"{key}.json") as path:
-            path.write_text(json.dumps({**facts, "files": dict(states)}), encoding="utf-8")
-    except ModelError as error:  # which costs time at the next start, no more
-        log.debug("%s", error)
-
-
-def recall(key: str) -> dict[str, Any] | None:
-    """Facts kept under a key, if every file that they depend on is still in the state that it had."""
-    try:
-        facts = json.loads(read_text(cache_folder() / f"{key}.json"))
-        return facts if all(file_state(path) == state for path, state in facts["files"].items()) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None  # nothing there, or not written by this program
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path to write a file or folder at; when all went well, it replaces ``path`` in one step.
-
-    Raises ModelError, and leaves nothing behind, where it cannot be written.
-    """
-    path, folder = Path(path), ""
-    try:
-        with explaining(f"{path} 写不进去: {{}}。请腾出空间、检查权限,或换一个地方", OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.mkdtemp(prefix=f".{path.name[:50]}.", suffix=".partial", dir=path.parent)
-            yield Path(folder, path.name)
-            if path.is_dir():
-                shutil.rmtree(path)
-            os.replace(Path(folder, path.name), path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-# ---------------------------------------------------------------- models from torch.hub repositories
-
-
-class HubModel(NamedTuple):
-    """A network (eval mode, float32, on the CPU) with what is known of it.
-
-    ``weights`` is a digest of all that decides its answers besides the spec: parameters and code;
-    ``parameters`` is one of the former alone. ``files`` are the states of the files that both were read from,
-    None where they are not known. ``own`` tells the networks of this project, whose batch norms may be folded
-    into convolutions.
-    """
-
-    module: torch.nn.Module
-    spec: Spec
-    weights: str
-    files: dict[str, Any] | None
-    own: bool
-    parameters: str = ""
-
-
-def import_torch() -> Any:
-    """Import torch, for this module too, or raise ModelError with the pip line that mends the installation."""
-    global torch
-    # GNU OpenMP's threads wait for each other by spinning, which takes the cores from decoding and whatever else
-    # runs: beside one busy process 200 photos took 24 s instead of 17. Without spinning one image takes twice as long.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    with explaining("torch 无法导入: {}。请运行: pip install --force-reinstall torch torchvision"):
-        advice = "请运行: pip install torch torchvision。导出的 .onnx 文件不需要它: -m 文件.onnx"
-        with explaining(f"缺少 torch 或它的一部分({{}})。{advice}", ModuleNotFoundError):
-            import torch
-    return torch
-
-
-_loading = threading.Lock()  # sys.path, sys.modules and sys.stdout belong to all threads
-_repositories: set[Path] = set()
-
-
-def load_hub_model(
-    name: str,
-    repo: str | None = None,
-    trust_repo: bool = False,
-    weights: str | None = None,
-    labels: str | None = None,
-    offline: bool = False,
-) -> HubModel:
-    """Call the entry point ``name`` of a torch.hub repository with its trained weights.
-
-    Raises what the entry point raises as ModelError, but for FileNotFoundError and ConnectionError of
-    this project's own entry points, which mean that there are no weights to be had.
-    """
-    import_torch()
-    folder = HERE if repo is None else _hub_folder(repo, trust_repo, offline)
-    own, hubconf = folder == HERE, folder / "hubconf.py"
-    if not hubconf.is_file():
-        raise ModelError(f"{folder} 里没有 hubconf.py;请把它和 labels_zh.json 放在 infer.py 旁边,或用 -m 文件.onnx")
-    states = {os.path.abspath(path): file_state(path) for path in (hubconf, labels) if path}
-    replacement = None if labels is None else read_labels(labels)
-
-    def imported(folders: Iterable[Path]) -> list[tuple[str, str]]:
-        modules = [(getattr(module, "__file__", None), key) for key, module in list(sys.modules.items())]
-        starts = tuple(os.path.join(folder, "") for folder in folders)
-        return sorted((file, key) for file, key in modules if isinstance(file, str) and file.startswith(starts))
-
-    with _loading:
-        for _, module_name in imported(_repositories):  # "utils" of another, or of this one before it was edited
-            del sys.modules[module_name]
-        _repositories.clear()
-        code, search_path = hashlib.sha256(hubconf.read_bytes()), sys.path[:]
-        sys.path.insert(0, str(folder))
-        # Python takes compiled code for current by size and time alone; the version is that of the source.
-        sys.pycache_prefix, pycache_prefix = os.devnull, sys.pycache_prefix
-        try:
-            # What other people's hub code prints must not get among the results on standard output.
-            with contextlib.redirect_stdout(sys.stderr):
-                module = _call_entry_point(folder, name, weights, offline)
-                given = getattr(module, "spec", None) or {}
-                if not isinstance(module, torch.nn.Module) or not isinstance(given, Mapping):
-                    kinds = f"{type(module).__name__},spec 是 {type(given).__name__}"
-                    raise ModelError(f"模型 {name} 的入口应返回 torch.nn.Module,其 spec 应是字典,而返回的是 {kinds}")
-                given = {**CLASSIC_SPEC, **given, "name": name}
-                if own:
-                    parameters = given["sha256"]
-                else:
-                    _repositories.add(folder)
-                    # Running it once imports what it imports late, and counts its classes.
-                    with torch.inference_mode():
-                        logits = module.eval().float()(torch.zeros(1, 3, given["crop"], given["crop"]))
-                    given.setdefault("num_classes", _check_logits(logits, 1, given.get("num_classes")).shape[1])
-                    for file in (Path(file) for file, _ in imported([folder])):
-                        if "site-packages" not in file.parts and file.is_file():
-                            code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
-                    digests = hashlib.sha256()
-                    plain = (item for part in module.modules() for item in vars(part).items())  # neither of the two
-                    tensors = itertools.chain(module.named_parameters(), module.named_buffers(), plain)
-                    for key, value in ((key, value) for key, value in tensors if isinstance(value, torch.Tensor)):
-                        digests.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
-                        digests.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-                    parameters = digests.hexdigest()
-        except ModelError:
-            raise
-        except (Exception, SystemExit) as error:  # a repository's code may raise anything
-            if own and isinstance(error, (FileNotFoundError, ConnectionError)):
-                raise
-            message = f"模型 {name} 加载失败: {one_line(error)}"
-            if isinstance(error, torch.OutOfMemoryError):
-                message = f"模型 {name} 加载时显存不足(或内存不足)"
-            elif "torchvision::" in str(error):
-                message = f"torch 与 torchvision 版本不匹配({one_line(error)})。{REINSTALL}"
-            elif isinstance(error, ModuleNotFoundError):
-                message = f"模型 {name} 需要 {error.name},请运行: pip install {error.name}"
-            raise ModelError(message) from error
-        finally:
-            sys.path[:], sys.pycache_prefix = search_path, pycache_prefix
-    spec = Spec.parse(given, f"模型 {name}", replacement)
-    files = {**given["files"], **states} if own else None
-    return HubModel(module, spec, digest(parameters, code.hexdigest()), files, own, parameters)
-
-
-def _call_entry_point(folder: Path, name: str, weights: str | None, offline: bool) -> Any:
-    module_spec = importlib.util.spec_from_file_location("hubconf", folder / "hubconf.py")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    entries = [entry for entry in dir(module) if callable(getattr(module, entry)) and entry[0] != "_"]
-    if name not in entries:
-        nearest = difflib.get_close_matches(name, entries, 1)
-        hint = f"。最接近的是 {nearest[0]}" if nearest else ""
-        raise ModelError(f"没有名为 {name} 的模型。{folder} 提供: {', '.join(entries)}{hint}")
-    entry = getattr(module, name)
-    parameters = inspect.signature(entry).parameters
-    arguments: dict[str, Any] = {"offline": True} if offline and "offline" in parameters else {}
-    if weights and "weights" not in parameters:
-        raise UsageError(f"模型 {name} 的入口不接受 --weights")
-    # torchvision's conventions, new and old: left at None or False a network comes untrained.
-    if weights or "weights" in parameters and parameters["weights"].default in (None, inspect.Parameter.empty):
-        arguments["weights"] = weights or "DEFAULT"
-    elif "weights" not in parameters and "pretrained" in parameters:
-        arguments["pretrained"] = True
-    return entry(**arguments)
-
-
-def _hub_folder(repo: str, trust_repo: bool, offline: bool) -> Path:
-    """The folder of a local repository, or of torch.hub's copy of a remote one."""
-    if os.path.isdir(repo):
-        return Path(repo).resolve()
-    match = re.fullmatch(r"([\w.-]+)/([\w.-]+)(?::([\w./-]+))?", repo)
-    if not match:
-        raise ModelError(f"找不到文件夹 {repo},它也不是 OWNER/NAME[:REF] 形式的仓库名")
-    if not trust_repo:
-        raise UsageError(f"{repo} 是远程仓库,运行其中的代码前请先确认可信,然后加上 --trust-repo")
-    if not offline:
-        remedy = "请另行取得它(git clone 或下载后解压),再用 --repo 指定那个文件夹"
-        with explaining(f"无法从 GitHub 获取仓库 {repo}: {{}}。{remedy}"), contextlib.redirect_stdout(sys.stderr):
-            torch.hub.list(repo, trust_repo=True, verbose=False)  # fetches it, or finds it fetched
-    owner, name, ref = match.groups()
-    for branch in [ref.replace("/", "_")] if ref else ["main", "master"]:
-        folder = Path(torch.hub.get_dir(), f"{owner}_{name}_{branch}")
-        if folder.is_dir():
-            return folder.resolve()
-    raise ModelError(f"本机没有仓库 {repo} 的副本,且处于离线模式")
-
-
-def find_classifier(model: HubModel) -> str:
-    """The name, within a network, of the nn.Linear that gives its logits: the last one of as many outputs."""
-    layers = [(name, layer) for name, layer in model.module.named_modules() if isinstance(layer, torch.nn.Linear)]
-    if not layers or layers[-1][1].out_features != model.spec.num_classes:
-        raise ModelError(f"模型 {model.spec.name} 的最后一层不是 nn.Linear 分类层,不能学习自己的类别。请换一个模型")
-    return layers[-1][0]
-
-
-def load_learned_model(
-    path: str,
-    repo: str | None = None,
-    trust_repo: bool = False,
-    weights: str | None = None,
-    labels: str | None = None,
-    offline: bool = False,
-) -> HubModel:
-    """Load what learn.py wrote: a head for the hub model that the file names, or all parameters of its network.
-
-    The file may choose an entry point, but only of the repository that is asked for. Raises ModelError where it
-    is damaged, not of learn.py, or of a model with other weights; else as load_hub_model does.
-    """
-    import_torch()
-    states = {os.path.abspath(file): file_state(file) for file in (path, labels) if file}
-    if not os.path.isfile(path):
-        raise ModelError(f"找不到模型文件 {path}")
-    with explaining("学习得到的模型需要 safetensors({}),请运行: pip install safetensors", ImportError):
-        from safetensors import safe_open
-    damaged = f"{path} 不是 learn.py 写的模型,或者已损坏: {{}}。请重新复制或重新学习"
-    with explaining(damaged):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("wwts_learned", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        spec = Spec.parse(about["spec"], path, labels and read_labels(labels))
-        if any(printable(text) != text for text in (spec.name, *spec.labels)) or re.search(r"[/\\]", spec.name):
-            raise ValueError("名称中有控制字符或路径")
-    backbone = load_hub_model(about["backbone"], repo, trust_repo, weights, offline=offline)
-    if backbone.parameters != about.get("parameters"):
-        cause = "现在的权重与学习时的不同。请换回那时的权重(--repo、--weights),或重新学习"
-        raise ModelError(f"{path} 以 {backbone.spec.name} 为基础,{cause}")
-    module, name = backbone.module, find_classifier(backbone)
-
-    class Root(torch.nn.Module):
-        def forward(self, features: torch.Tensor) -> torch.Tensor:
-            return features.sign() * features.abs().sqrt()
-
-    with explaining(damaged):
-        linear = torch.nn.Linear(module.get_submodule(name).in_features, spec.num_classes)
-        # Trained as a whole, a network needs no root, whose slope has no limit at zero.
-        module.set_submodule(name, linear if about["whole"] else torch.nn.Sequential(Root(), linear))
-        target = module if about["whole"] else linear
-        expected = {key: (value.dtype, value.shape) for key, value in target.state_dict().items()}
-        if {key: (value.dtype, value.shape) for key, value in tensors.items()} != expected:
-            raise ValueError("参数的名称、类型或形状不符")
-        if not all(value.isfinite().all() for value in tensors.values()):
-            raise ValueError("参数含有 NaN 或无穷大")
-        target.load_state_dict(tensors)
-    files = None if backbone.files is None else backbone.files | states
-    digests = [digest(content, part) for part in (backbone.weights, backbone.parameters)]
-    return HubModel(module.eval().requires_grad_(False), spec, digests[0], files, backbone.own, digests[1])
-
-
-def _check_logits(logits: Any, images: int, classes: int | None = None) -> torch.Tensor:
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if len(shape) != 2 or shape[0] != images or classes not in (None, shape[1]) or not logits.is_floating_point():
-        raise ModelError(f"模型的输出是 {shape},而不是 {images}×{classes or '类别数'} 的张量,它不是图像分类模型")
-    return logits
+# ---------------------------------------------------------------- engine
 
 
 @functools.cache
@@ -757,94 +429,17 @@ def has_nvidia_gpu() -> bool:
         return False
 
 
-def choose_device(name: str) -> torch.device:
-    """Turn auto, cpu, cuda, cuda:N or mps into a device that works here, or raise ModelError."""
-    torch = import_torch()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with explaining(f"不能使用 {name}: {{}};或改用 -d cpu"):  # none there, too old a driver, in use
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            cause = "没有可用的 NVIDIA 显卡或驱动,请用 nvidia-smi 检查"
-            raise RuntimeError(cause if torch.version.cuda else f"装的是不带 CUDA 的 torch,{REINSTALL}")
-        torch.zeros(1, device=name)
-    return torch.device(name)
-
-
-# ---------------------------------------------------------------- engines
-
-
-class TorchEngine:
-    """A hub model on one device.
-
-    Attributes: ``model`` (the network), ``spec``, ``version``, ``files`` (see HubModel), ``device``, ``dtype``, and
-    ``device_name`` for people.
-    """
-
-    def __init__(self, model: HubModel, device: str, dtype: str):
-        self.spec, self.files, self.device = model.spec, model.files, choose_device(device)
-        self.device_name = str(self.device)
-        self.precision = ("float16" if self.device.type == "cuda" else "float32") if dtype == "auto" else dtype
-        self.dtype = getattr(torch, self.precision)
-        self.version = compute_version(model.weights, model.spec, self.precision)
-        self._lock, self._own = threading.Lock(), model.own
-        # Without statistics of its own a batch norm takes those of the batch: company would decide the answers.
-        norms = [part for part in model.module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
-        self._apart = any(norm.running_mean is None for norm in norms)
-        with self._one_line_errors():
-            self.model = (model.module.fuse() if model.own else model.module.eval()).to(self.device, self.dtype)
-            # Pixels come as N×H×W×3 anyway, and convolutions are up to twice as fast so.
-            for parameter in self.model.parameters():
-                if parameter.dim() == 4:
-                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (self.spec.mean, self.spec.std)
-        )
-
-    def normalize(self, batch: numpy.ndarray) -> torch.Tensor:
-        """Turn N×H×W×3 uint8 into N×3×H×W float32 on the device: torchvision's ToTensor and Normalize."""
-        pixels = torch.from_numpy(batch)
-        if self.device.type == "cuda":  # only pinned memory is copied while the host goes on
-            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        pixels = pixels.to(self.device).permute(0, 3, 1, 2)
-        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
-
-    def classify(self, batch: list[numpy.ndarray], topk: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Run the network on images of crop×crop×3 uint8; give indices and confidences of the top-k, both N×k.
-
-        Confidences fall along a row; a row is NaN where the network gave anything that is not finite.
-        Raises ModelError for whatever the network raises.
-        """
-        # TF32 would cost float32 its promise that CPU and CUDA agree within 1e-3; the switch is for all threads.
-        with self._lock, self._one_line_errors(), torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-            inputs = self.normalize(numpy.stack(batch)).to(self.dtype)
-            with contextlib.nullcontext() if self._own else contextlib.redirect_stdout(sys.stderr):
-                logits = torch.cat([self.model(image[None]) for image in inputs]) if self._apart else self.model(inputs)
-            confidences = _check_logits(logits, len(batch), self.spec.num_classes).float().softmax(1)
-            top = confidences.topk(min(topk, self.spec.num_classes))
-            values = top.values.where(confidences.isfinite().all(1, keepdim=True), torch.nan)
-            return top.indices.cpu().numpy(), values.cpu().numpy()
-
-    @contextlib.contextmanager
-    def _one_line_errors(self) -> Iterator[None]:
-        with explaining(f"模型 {self.spec.name} 在 {self.device_name} 上运行出错: {{}}"):
-            try:
-                yield
-            except torch.OutOfMemoryError as error:
-                remedy = "请关闭占用显存的程序(nvidia-smi 查看),或改用 --dtype float16、-d cpu"
-                raise DeviceMemoryError(f"{self.device_name} 显存不足。{remedy}") from error
-
-
 class OnnxEngine:
     """A graph that export.py wrote, run by ONNX Runtime on the CPU or on CUDA in float32; torch is not imported.
 
-    Attributes: ``spec``, ``version`` and ``device_name`` for people. ``labels`` replace the graph's own. The
-    version is that of the file's content, unless it is known of which model the graph was made.
+    Attributes: ``spec``, ``version`` and ``device_name`` for people. Those of a file of ``labels`` replace the graph's
+    own. The version is that of the file's content, unless it is known of which model the graph was made.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,
-        labels: list[str] | None = None,
+        labels: str | None = None,
         version: str | None = None,
         draft: bool = False,
         device: str = "cpu",
@@ -874,19 +469,19 @@ class OnnxEngine:
             if device.startswith("cuda") and name not in self._session.get_providers():  # it does not say so itself
                 raise ModelError(f"ONNX Runtime 用不了 {device},请用 nvidia-smi 检查显卡和驱动。{USE_GPU}")
             metadata = self._session.get_modelmeta().custom_metadata_map
-            text, precision = metadata.get("wwts_spec"), metadata.get("wwts_precision")
+            text, precision = metadata.get("wwts_spec"), metadata.get("wwts_precision", "float32")
             content = version or self._hash_content(path)  # which the session has found sound, and no file outside it
         if text is None:
             raise ModelError(f"ONNX 文件 {path} 里没有预处理方法和标签,它不是 export.py 导出的")
         with explaining(f"ONNX 文件 {path} 的 spec 有误: {{}}"):
-            spec = Spec.parse(json.loads(text), f"ONNX 文件 {path}", labels)
+            replacement = import_part("files").read_labels(labels) if labels else None
+            spec = Spec.parse(json.loads(text), f"ONNX 文件 {path}", replacement)
             self.spec = dataclasses.replace(spec, draft=spec.draft or draft)
         crop, classes = self.spec.crop, self.spec.num_classes
         ports = [(port.type, port.shape[1:]) for port in (*self._session.get_inputs(), *self._session.get_outputs())]
         if ports != [("tensor(uint8)", [crop, crop, 3]), ("tensor(float)", [classes])]:
             raise ModelError(f"ONNX 文件 {path} 的输入或输出与它的 spec 不符,请重新导出")
         self._input = self._session.get_inputs()[0].name
-        precision = "int8" if precision == "int8" else "float32"
         self.version = version or compute_version(content, self.spec, precision)
         where = device if device.startswith("cuda") else "cpu"
         self.device_name = f"{where} (ONNX Runtime{', int8' * (precision == 'int8')})"
@@ -898,9 +493,7 @@ class OnnxEngine:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             digests.append(hashlib.sha256(data).hexdigest())
             # Of a tensor that is kept elsewhere: the key "location", and a value with its length before it.
-            places = {
-                data[m.end() : m.end() + m[1][0]] for m in re.finditer(rb"\n\x08location\x12(.)", data, re.DOTALL)
-            }
+            places = {data[m.end() : m.end() + m[1][0]] for m in re.finditer(rb"\n\x08location\x12(?s:(.))", data)}
         for place in sorted(places):
             with open(os.path.join(os.path.dirname(path), os.fsdecode(place)), "rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
@@ -927,87 +520,18 @@ class OnnxEngine:
         return numpy.take_along_axis(top, order, 1), numpy.take_along_axis(values, order, 1)
 
 
-# ---------------------------------------------------------------- cache of results
-
-
-class Cache:
-    """Texts by key, in an SQLite file or a Redis server; one that breaks costs a warning, no more."""
-
-    def __init__(self, location: str):
-        self._lock, self._location, self._functions = threading.Lock(), location, None
-        self._shown = re.sub("//[^/@]*@", "//***@", location)  # without a password
-        self._is_redis = location.startswith(("redis://", "rediss://", "unix://"))
-        if self._is_redis:
-            with explaining("--cache redis://… 需要 redis 包({}),请运行: pip install redis", ImportError):
-                import redis  # noqa: F401
-        elif "://" in location:
-            raise UsageError(f"--cache {self._shown} 应是文件,或以 redis://、rediss://、unix:// 开头的地址")
-
-    def get(self, key: str) -> str | bytes | None:
-        """The text kept under a key."""
-        return self._call(0, key)
-
-    def put(self, key: str, text: str) -> None:
-        """Keep a text under a key."""
-        self._call(1, key, text)
-
-    def _call(self, function: int, *arguments: str) -> Any:
-        with self._lock:
-            try:
-                self._functions = self._functions or self._open()
-                return self._functions[function](*arguments)
-            except ModelError:
-                raise
-            except Exception as error:  # SQLite, Redis, disks and networks fail in their own ways
-                log.warning("缓存 %s 不能使用(%s),本次不用缓存", self._shown, one_line(error))
-                self._functions = (lambda *_: None,) * 2
-
-    def _open(self) -> tuple[Callable, Callable]:
-        """Functions that read and write a text by key."""
-        if self._is_redis:
-            import redis
-
-            client = redis.Redis.from_url(self._location, socket_timeout=5, socket_connect_timeout=2)
-            return client.get, client.set
-        import sqlite3
-
-        os.makedirs(os.path.dirname(os.path.abspath(self._location)), exist_ok=True)
-        connection = sqlite3.connect(self._location, timeout=30, isolation_level=None, check_same_thread=False)
-        # A write-ahead log lets some read while one writes; what a power cut loses can be had again.
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        connection.execute("CREATE TABLE IF NOT EXISTS cache (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
-        select, insert = "SELECT value FROM cache WHERE key = ?", "INSERT OR REPLACE INTO cache VALUES (?, ?)"
-        return (
-            lambda key: next(iter(connection.execute(select, (key,)).fetchone() or ()), None),
-            lambda key, text: connection.execute(insert, (key, text)),
-        )
-
-
 # ---------------------------------------------------------------- recognizer
-
-
-def _parse_rows(text: str | bytes | None, least: int) -> list | None:
-    """Label, confidence and index of the first ``least`` labels of a cached answer; None if it is none."""
-    try:
-        rows = json.loads(text or "null")
-        kinds = {tuple(map(type, row)) for row in rows}
-        right = kinds == {(str, float, int)} and len(rows) >= least and all(0 <= row[1] <= 1 for row in rows)
-    except (ValueError, TypeError, RecursionError):  # this program did not put that there
-        return None
-    return rows[:least] if right else None
 
 
 # What an argument of Recognizer may be, as a pattern and in words.
 COUNT = (r"[1-9]\d*", "不小于 1 的整数")
 RULES = {
     "topk": COUNT,
-    "batch_size": (f"None|{COUNT[0]}", COUNT[1]),
-    "workers": (f"None|{COUNT[0]}", COUNT[1]),
     "device": (r"auto|cpu|mps|cuda(:\d{1,3})?", "auto、cpu、cuda、cuda:N 或 mps"),
     "dtype": ("auto|float32|float16|bfloat16", "auto、float32、float16 或 bfloat16"),
     "engine": ("auto|torch|onnx", "auto、torch 或 onnx"),
 } | dict.fromkeys(("model", "repo", "weights", "labels"), ("(?s).+", "名称或路径"))
+RULES |= dict.fromkeys(("batch_size", "workers"), (f"None|{COUNT[0]}", COUNT[1]))
 
 
 class _Prepared(NamedTuple):
@@ -1018,7 +542,6 @@ class _Prepared(NamedTuple):
     key: str | None = None
     cached: list | None = None
     error: str | None = None
-    seconds: tuple[float, float] = (0.0, 0.0)  # of decoding and of resizing
 
 
 @dataclasses.dataclass(eq=False)
@@ -1059,16 +582,15 @@ class Recognizer:
             raise UsageError(f"threshold 应为 0 到 1 之间的数,而不是 {self.threshold!r}")
         self.model_is_file = str(self.model).endswith(".onnx")
         on_cuda = self.device.startswith("cuda") and (self.engine == "onnx" or self.model_is_file)
-        self._fits_onnx = (self.device in ("auto", "cpu") or on_cuda) and self.dtype in ("auto", "float32")
-        if self.model_is_file and (self.engine == "torch" or self.weights or self.repo or not self._fits_onnx):
-            raise UsageError(
-                "ONNX 文件自带权重,以 float32 运行,不能与 --weights、--repo、--engine torch、-d mps、--dtype 同用"
-            )
-        if self.engine == "onnx" and not self._fits_onnx:
+        self.fits_onnx = (self.device in ("auto", "cpu") or on_cuda) and self.dtype in ("auto", "float32")
+        if self.model_is_file and (self.engine == "torch" or self.weights or self.repo or not self.fits_onnx):
+            raise UsageError("ONNX 文件以 float32 运行,不能与 --weights、--repo、--engine torch、-d mps、--dtype 同用")
+        if self.engine == "onnx" and not self.fits_onnx:
             raise UsageError("--engine onnx 只在 CPU 或 CUDA 上以 float32 运行;请去掉 --dtype 和 -d mps")
         self.workers = self.workers or min(os.cpu_count() or 1, 16)
         self.offline = self.offline or os.environ.get("WWTS_OFFLINE", "0") not in ("", "0")
-        self._cache = Cache(self.cache) if self.cache else None
+        self._cache = import_part("memory").AnswerCache(self.cache) if self.cache else None
+        self._choice = None if self.model_is_file else import_part("choice").Choice(self)
         self._lock = threading.RLock()
         self._engine: TorchEngine | OnnxEngine | None = None
         self._identity: Identity | None = None
@@ -1080,30 +602,14 @@ class Recognizer:
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return functools.partial(Recognizer, **arguments), ()
 
-    # Which model, and by which engine
-
     def identify(self) -> Identity:
         """Name, version and num_classes of the model: as remembered if no file changed, else by loading it."""
         with self._lock:
-            if self._identity is None and (known := self._known):
-                self._identity = Identity(known["name"], known["versions"][self.draft], known["num_classes"])
-            elif self._identity is None:
+            if self._identity is None and self._choice:
+                self._identity = self._choice.recall()
+            if self._identity is None:
                 self.load()
             return self._identity
-
-    @functools.cached_property
-    def _known(self) -> dict[str, Any] | None:
-        """What was remembered when the same was loaded before."""
-        known = None if self.model_is_file else recall(self._key())
-        try:
-            right = [re.fullmatch("[0-9a-f]{8}", version) is not None for version in known["versions"]] == [True, True]
-            right = right and type(known["name"]) is str and type(known["num_classes"]) is int
-            warning = known["warning"]
-        except (TypeError, LookupError, ValueError):  # nothing there, or not written by this program
-            return None
-        if warning:
-            log.warning("%s", warning)
-        return known if right and known["num_classes"] > 0 else None
 
     def load(self) -> TorchEngine | OnnxEngine:
         """Load model and labels unless that is done, and return the engine. What failed once is not tried again."""
@@ -1113,7 +619,8 @@ class Recognizer:
             if self._engine is None:
                 start = time.monotonic()
                 try:
-                    engine = self._load()
+                    graph = (self.model, self.labels, None, self.draft, self.device)
+                    engine = OnnxEngine(*graph) if self.model_is_file else self._choice.load()
                     identity = Identity(engine.spec.name, engine.version, engine.spec.num_classes)
                     if self._identity not in (None, identity):
                         raise ModelError("模型的权重、标签或程序在运行中变了,请再运行一次")
@@ -1126,84 +633,10 @@ class Recognizer:
                 log.info("加载模型完成,使用设备: %s", engine.device_name)
             return self._engine
 
-    def _load(self) -> TorchEngine | OnnxEngine:
-        if self.model_is_file:
-            return OnnxEngine(self.model, self.labels and read_labels(self.labels), None, self.draft, self.device)
-        if self._known and (engine := self._load_kept_graph(self._known)):
-            return engine
-        name = self.model or (self._known["name"] if self._known else DEFAULT_MODEL)
-        load = load_learned_model if name.endswith(".safetensors") else load_hub_model
-        again = f"请运行: python export.py -m {name}" + "(加上同样的 --repo、--weights、--labels)" * bool(
-            self.repo or self.weights or self.labels
-        )
-        if self.engine == "onnx":
-            raise ModelError(f"{name} 还没有导出为 ONNX,或者导出之后权重、标签或程序变了。{again}")
-        import_torch()
-        if self.device.startswith(("auto", "cuda")) and torch.cuda.is_available():
-            # CUDA wakes while the weights are read; if it cannot, that comes up again when it is used.
-            ThreadPoolExecutor(1).submit(torch.zeros, 1, device=self.device.replace("auto", "cuda"))
-        try:
-            model = load(name, self.repo, self.trust_repo, self.weights, self.labels, self.offline)
-        except (FileNotFoundError, ConnectionError) as error:
-            if self.model or self.repo or self.weights:
-                raise ModelError(one_line(error)) from error
-            return self._load_fallback(error)
-        whole, draft = (dataclasses.replace(model.spec, draft=draft) for draft in (model.spec.draft, True))
-        engine = TorchEngine(model._replace(spec=draft if self.draft else whole), self.device, self.dtype)
-        if model.files:
-            versions = [compute_version(model.weights, spec, engine.precision) for spec in (whole, draft)]
-            facts = {"name": whole.name, "num_classes": whole.num_classes, "versions": versions, "warning": None}
-            remember(self._key(), model.files, **facts)
-        graph = kept_graph(whole.name, compute_version(model.weights, whole, "float32")).parent
-        outdated = graph.parent.glob(f"graph-{glob.escape(whole.name)}-*")
-        if self._fits_onnx and self.engine == "auto" and engine.device_name == "cpu" and model.own:
-            if any(outdated) and not recall(graph.name):
-                log.info("导出为 ONNX 之后,权重、标签或程序变了,这次用 torch。%s", again)
-        return engine
-
-    def _load_kept_graph(self, known: dict[str, Any]) -> OnnxEngine | None:
-        """The engine of the graph that export.py made of this very version, where it is to be used."""
-        path = kept_graph(known["name"], known["versions"][0])  # one graph, with drafts and without
-        on_gpu = self.engine == self.device == "auto" and has_nvidia_gpu()
-        if self.engine == "torch" or on_gpu or not self._fits_onnx or not recall(path.parent.name):
-            return None
-        try:
-            return OnnxEngine(path, None, known["versions"][self.draft], self.draft, self.device)
-        except ModelError as error:
-            if self.engine == "onnx":
-                raise
-            log.warning("%s。这次用 torch", error)
-            return None
-
-    def _load_fallback(self, error: OSError) -> TorchEngine | OnnxEngine:
-        """The engine of the fallback model, which is remembered as the default only where that needs no network."""
-        advice = f"取得方法见 docs/模型.md;加上 -m {FALLBACK_MODEL} 就不试网络"
-        warning = f"{error.reason},改用 {FALLBACK_MODEL}(1,000 类)。{advice}"
-        log.warning(warning)
-        fallback = dataclasses.replace(self, model=FALLBACK_MODEL)
-        engine = fallback._load()
-        if self.offline and (known := recall(fallback._key())):
-            remember(self._key(), known["files"] | dict.fromkeys(error.places), **known | {"warning": warning})
-        return engine
-
     @property
-    def _on_cpu(self) -> bool:
+    def on_cpu(self) -> bool:
+        """Whether no NVIDIA GPU is to be used."""
         return self.device in ("cpu", "mps") or self.device == "auto" and not has_nvidia_gpu()
-
-    def _key(self) -> str:
-        """What was asked for, in so far as it decides the version beside the content of files."""
-        learned = self.model if str(self.model).endswith(".safetensors") else None
-        paths = [path and os.path.abspath(path) for path in (self.repo, self.weights, self.labels, learned)]
-        places = [
-            os.environ.get(variable) for variable in ("MODELSCOPE_CACHE", "HOME", "USERPROFILE") if not self.weights
-        ]
-        default = self.offline if self.model is None else None  # with a network the default may be another model
-        dtype = (
-            ("float32" if self._on_cpu or self.engine == "onnx" else "float16") if self.dtype == "auto" else self.dtype
-        )
-        return "model-" + digest(str(HERE), self.model, *paths, *places, default, dtype)[:16]
-
-    # Images
 
     def __call__(self, image: str | os.PathLike | Image.Image | BinaryIO) -> Result:
         """Recognise one image. One that cannot be read gives a Result with ``error`` set."""
@@ -1220,45 +653,39 @@ class Recognizer:
         return self._stream(iter(images))
 
     def _stream(self, images: Iterator) -> Iterator[Result]:
-        workers, size = self.workers, self.batch_size or (8 if self._on_cpu else 64)
+        workers, size = self.workers, self.batch_size or (8 if self.on_cpu else 64)
         pool, closed = ThreadPoolExecutor(workers), threading.Event()
         decoding: queue.Queue[Future | None] = queue.Queue(2 * size + workers)
-
-        def put(future: Future | None) -> None:
-            while not closed.is_set():
-                with contextlib.suppress(queue.Full):
-                    return decoding.put(future, timeout=0.1)
 
         def feed() -> None:
             try:
                 for image in images:
-                    put(pool.submit(self._prepare, image))
                     if closed.is_set():
                         return
+                    decoding.put(pool.submit(self._prepare, image))
             except BaseException as error:  # handed over to the thread that asked for results
                 failed: Future = Future()
                 failed.set_exception(error)
-                put(failed)
-            put(None)
+                decoding.put(failed)
+            decoding.put(None)
 
         threading.Thread(target=feed, daemon=True).start()
+        waiting: list[Future | None] = []  # what was taken from the queue, but is not ready: one at most
         try:
-            future = decoding.get()
-            while future is not None:
-                batch, future = [future.result()], False
+            while (future := waiting.pop() if waiting else decoding.get()) is not None:
+                batch = [future.result()]
                 while len(batch) < (self.batch_size or 8):
-                    try:
-                        future = decoding.get_nowait()
-                    except queue.Empty:
-                        future = False
-                    if not future or not future.done() or future.exception():
+                    with contextlib.suppress(queue.Empty):
+                        waiting.append(decoding.get_nowait())
+                    if not waiting or waiting[0] is None or not waiting[0].done() or waiting[0].exception():
                         break
-                    batch.append(future.result())
-                    future = False
+                    batch.append(waiting.pop().result())
                 yield from self._answer(batch)
-                future = decoding.get() if future is False else future
         finally:
             closed.set()
+            with contextlib.suppress(queue.Empty):  # the thread that feeds may wait for room
+                while True:
+                    decoding.get_nowait()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, image: Any) -> _Prepared:
@@ -1271,20 +698,16 @@ class Recognizer:
                 image = io.BytesIO(image.read(MOST_IMAGE))
             with open_image(path) if is_path else contextlib.nullcontext(image) as file:
                 if self._cache and not isinstance(file, Image.Image):
-                    identity = self.identify()
-                    file.seek(0)
-                    key = hashlib.sha256()
-                    while chunk := file.read(2**20):
-                        key.update(chunk)
-                    file.seek(0)
-                    key = f"wwts:{key.hexdigest()}:{identity.version}"
-                    if rows := _parse_rows(self._cache.get(key), min(self.topk, identity.num_classes)):
+                    key = self._cache.key(file, self.identify())
+                    if rows := self._cache.get(key, min(self.topk, self.identify().num_classes)):
                         return _Prepared(path, cached=rows)
                 spec, start = self.load().spec, time.thread_time()
                 decoded = decode_image(file, spec)
             middle = time.thread_time()
             pixels = preprocess(decoded, spec)
-            return _Prepared(path, pixels, key, seconds=(middle - start, time.thread_time() - middle))
+            with self._lock:
+                self.seconds.update(decode=middle - start, resize=time.thread_time() - middle)
+            return _Prepared(path, pixels, key)
         except ModelError:
             raise
         except Exception as error:  # a broken file can make a decoder raise anything: one record, no more
@@ -1296,13 +719,11 @@ class Recognizer:
         answers = iter(self._classify([image.pixels for image in batch if image.pixels is not None]))
         with self._lock:
             self.seconds["network"] += time.perf_counter() - start
-            for image in batch:
-                self.seconds.update(decode=image.seconds[0], resize=image.seconds[1])
         results = []
-        for path, pixels, key, cached, error, _ in batch:
+        for path, pixels, key, cached, error in batch:
             rows = cached if pixels is None else next(answers)
             if rows and key:
-                self._cache.put(key, json.dumps(rows))
+                self._cache.put(key, rows)
             if not rows and error is None:
                 error = "模型输出了 NaN 或无穷大,结果不可信;可改用 --dtype float32"
             kept = tuple(Prediction(*row) for row in rows or () if row[1] >= self.threshold)
@@ -1428,215 +849,61 @@ def escape_cell(text: str) -> str:
     return "'" * text.startswith(("=", "+", "-", "@", "'")) + printable(text)
 
 
-def unescape_cell(cell: str) -> str:
-    """The text that ``escape_cell`` was given; raises UnicodeDecodeError for what it never gives."""
-    escape = r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
-    text = cell.removeprefix("'")
-    return re.sub(escape, lambda m: m[0].encode().decode("unicode_escape"), text) if os.sep == "/" else text
+class Form(NamedTuple):
+    """A way to write results: what comes before the first of them, and the text of one."""
+
+    head: str
+    format: Callable[[Result], str]
 
 
-class Text:
-    """The block that people read; with ``named`` its header names the image."""
-
-    head = ""  # what comes before the first record
-
-    def __init__(self, topk: int, named: bool):
-        self.named = named
-
-    def format(self, result: Result) -> str:
-        """The block for one image."""
-        name = f"{printable(result.path)} " if self.named else ""
-        if result.error is not None:
-            return f"[RESULT] {name}识别失败: {printable(result.error)}\n"
-        lines = [f" - {printable(p.label)} (置信度: {p.confidence:.2f})\n" for p in result.predictions]
-        return "".join([f"[RESULT] {name}识别结果:\n", *(lines or [" (没有达到阈值的标签)\n"])])
-
-
-class Jsonl:
-    """One JSON object a line."""
-
-    head, begins = "", b'{"path": "'  # the latter as every file does
-
-    def __init__(self, topk: int, named: bool = True):
-        pass
-
-    def format(self, result: Result) -> str:
-        """The line for one image."""
-        return json.dumps(result.record(), ensure_ascii=False, allow_nan=False) + "\n"
-
-    def parse(self, line: str) -> tuple[str, str, str, list[float] | None]:
-        """Path, model, version and confidences (None for an error) of a line; raises at what is none."""
-        record = json.loads(line)
-        names = [record[key] for key in ("path", "model", "version")]
-        if set(map(type, names)) != {str}:
-            raise TypeError
-        return *names, None if "error" in record else [float(p["confidence"]) for p in record["results"]]
-
-
-class Csv:
-    """One line an image, for Excel: path, model, version, label_1, confidence_1, …, error."""
-
-    def __init__(self, topk: int, named: bool = True):
+def make_form(name: str, topk: int, named: bool) -> Form:
+    """Text, jsonl, or csv of so many predictions; only in text it matters whether images are ``named``."""
+    if name == "csv":
         columns = [f"{name}_{rank}" for rank in range(1, topk + 1) for name in ("label", "confidence")]
-        self.topk = topk
-        self.head = (
-            "\ufeff" + ",".join(["path", "model", "version", *columns, "error"]) + "\r\n"
-        )  # Excel wants the mark
-        self.begins = self.head.encode()
-
-    def format(self, result: Result) -> str:
-        """The line for one image."""
-        cells = [cell for p in result.predictions for cell in (escape_cell(p.label), f"{p.confidence:.6f}")]
-        cells += [""] * (2 * self.topk - len(cells))
-        line = io.StringIO()
-        start = [escape_cell(result.path), escape_cell(result.model), result.version]
-        csv.writer(line, lineterminator="\r\n").writerow([*start, *cells, escape_cell(result.error or "")])
-        return line.getvalue()
-
-    def parse(self, line: str) -> tuple[str, str, str, list[float] | None]:
-        """As Jsonl.parse."""
-        (row,) = csv.reader([line], strict=True)
-        if len(row) != 2 * self.topk + 4:
-            raise ValueError
-        confidences = [float(value) for value in row[4:-1:2] if value]
-        return unescape_cell(row[0]), row[1], row[2], None if row[-1] else confidences
+        head = ",".join(["\ufeffpath", "model", "version", *columns, "error"]) + "\r\n"  # Excel wants the mark
+        return Form(head, lambda result: format_csv(result, topk))
+    return Form("", format_jsonl if name == "jsonl" else lambda result: format_text(result, named))
 
 
-FORMATS = {"text": Text, "jsonl": Jsonl, "csv": Csv}
+def format_text(result: Result, named: bool) -> str:
+    """The block that people read; its header names the image if that is wanted."""
+    name = f"{printable(result.path)} " if named else ""
+    if result.error is not None:
+        return f"[RESULT] {name}识别失败: {printable(result.error)}\n"
+    lines = [f" - {printable(p.label)} (置信度: {p.confidence:.2f})\n" for p in result.predictions]
+    return "".join([f"[RESULT] {name}识别结果:\n", *(lines or [" (没有达到阈值的标签)\n"])])
+
+
+def format_jsonl(result: Result) -> str:
+    """One JSON object in a line."""
+    return json.dumps(result.record(), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def format_csv(result: Result, topk: int) -> str:
+    """One line for Excel: path, model, version, label_1, confidence_1, …, error."""
+    cells = [cell for p in result.predictions for cell in (escape_cell(p.label), f"{p.confidence:.6f}")]
+    cells += [""] * (2 * topk - len(cells))
+    line = io.StringIO()
+    start = [escape_cell(result.path), escape_cell(result.model), result.version]
+    csv.writer(line, lineterminator="\r\n").writerow([*start, *cells, escape_cell(result.error or "")])
+    return line.getvalue()
 
 
 class StandardOutput:
-    """Standard output, where there is nothing to resume."""
+    """Standard output, where there is nothing to resume; ``is_due`` tells which images are wanted."""
 
-    path, size = None, 0
-    done = failed = frozenset()
+    path, recorded = None, (0, 0)  # how many images have a record, and how many of these one of an error
 
-    def write(self, text: str, path: str) -> None:
+    def __init__(self, form: Form, is_due: Callable[[str], bool]):
+        self.is_due, self._form, self._head = is_due, form, form.head
+
+    def write(self, result: Result) -> None:
         """Print what is to be said of one image."""
-        print(text, end="", flush=True)
+        print(self._head + self._form.format(result), end="", flush=True)
+        self._head = ""
 
     def close(self) -> None:
         """Leave it open for whatever else there is to say."""
-
-
-class OutputFile:
-    """A file of whole records, which one process at a time writes.
-
-    What a full disk or a power cut left half written is taken back. Attributes: ``size``, where its last whole
-    record ends; ``done`` and ``failed``, the absolute paths of the images that have a record, or one of an error.
-    Raises UsageError if another process is writing it.
-    """
-
-    def __init__(self, path: Path, form: Jsonl | Csv):
-        self.path, self.form, self.size = path, form, 0
-        self.done: set[str] = set()
-        self.failed: set[str] = set()
-        self.models: set[tuple[str, str]] = set()
-        self._counts: set[int] = set()  # of predictions
-        self._least = 1.0  # of all confidences
-        self._replacements: dict[str, str] = {}
-        self._settings = f"output-{digest(os.path.abspath(path))[:16]}"
-        self._file: BinaryIO | None = None
-
-    def lock(self) -> None:
-        """Open the file and keep others from writing it; the lock goes with the process."""
-        self._file = open(self.path, "a+b", buffering=0)
-        try:
-            import fcntl
-
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            inode, who = os.fstat(self._file.fileno()).st_ino, ""
-            with contextlib.suppress(OSError, IndexError):  # who it is can be read on Linux
-                who = re.findall(rf"FLOCK .* (\d+) \S+:{inode} ", Path("/proc/locks").read_text())[0]
-            raise UsageError(f"{self.path} 正由另一个进程{who}写入。等它做完,或换一个文件名") from error
-        except (ImportError, OSError) as error:  # not on Windows, nor on every file system
-            log.debug("no lock: %s", error)
-        if os.fstat(self._file.fileno()).st_ino != os.stat(self.path).st_ino:  # replaced since by --retry-failed
-            self.lock()
-
-    def resume(self) -> None:
-        """Take in the records of an earlier run; raises UsageError at what was not written in this format."""
-        foreign = False
-        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            head = file.read(len(self.form.begins)).rstrip(b"\0")
-            foreign = not self.form.begins.startswith(head)
-            file.seek(0)
-            while not foreign and (line := file.readline(MOST_TEXT)):
-                if not line.endswith(b"\n") or b"\0" in line:  # torn, as only the last can be
-                    foreign = bool(file.read(1))
-                    break
-                try:
-                    if self.size or not self.form.head:
-                        path, model, version, confidences = self.form.parse(line.decode())
-                        self.done.add(os.path.abspath(path))
-                        self.models.add((model, version))
-                        if confidences is None:
-                            self.failed.add(os.path.abspath(path))
-                        else:
-                            self._counts.add(len(confidences))
-                            self._least = min([self._least, *confidences])
-                    self.size += len(line)
-                except (ValueError, LookupError, TypeError, RecursionError, csv.Error):
-                    foreign = True
-        if foreign and (columns := head.count(b"label_")) and not self.size:
-            self._refuse(f"是用 -k {columns} 或更大的 -k 写的,现在是 -k {self.form.topk}")
-        if foreign:
-            self._refuse(f"的第 {self.size} 字节之后不是这一版以同样的格式和 -k 写出的记录")
-
-    def _refuse(self, reason: str) -> None:
-        raise UsageError(f"{self.path} {reason},不能续写。换一个文件名,或用 --overwrite")
-
-    def check(self, identity: Identity, topk: int, threshold: float) -> None:
-        """Raise UsageError unless the records are of the same model's version, with the same -k and -t."""
-        if others := self.models - {identity[:2]}:
-            model, version = min(others)
-            cause = ":权重、标签、精度或仓库的代码变了" if model == identity.name else ""
-            self._refuse(f"是 {model}(版本 {version})的结果,现在是 {identity.name}(版本 {identity.version}){cause}")
-        most, now = min(topk, identity.num_classes), {"topk": topk, "threshold": threshold}
-        then = (recall(self._settings) if self.models else None) or {"files": {}, **now}
-        wrong = any(count > most or threshold == 0 and count < most for count in self._counts)
-        wrong = wrong or self._least < threshold - 1e-6  # half of the last decimal, and a little
-        if wrong or then != {"files": {}, **now}:
-            self._refuse(
-                f"是用 -k {then['topk']} -t {then['threshold']:g} 写的,现在是 -k {topk} -t {threshold:g}"
-                if then["topk"] != topk or then["threshold"] != threshold
-                else "是用别的 -k 或 -t 写的"
-            )
-        remember(self._settings, {}, **now)
-
-    def write(self, text: str, path: str) -> None:
-        """Append one record, or keep it for ``close`` if it replaces a failure; on an OSError the file is as before."""
-        if os.path.abspath(path) in self.failed:
-            self._replacements[os.path.abspath(path)] = text
-            return
-        # A file name that is no text is written as JSON would escape it.
-        data = text.encode("utf-8", "backslashreplace")
-        try:
-            self._file.truncate(self.size)
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:])
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._file.truncate(self.size)
-            raise
-        self.size += len(data)
-
-    def close(self) -> None:
-        """Put records in the place of failures, in one step, and let others write."""
-        if self._replacements:
-            with replacing(self.path) as path, open(self.path, "rb") as old, open(path, "wb") as new:
-                for number, line in enumerate(iter(lambda: old.readline(MOST_TEXT), b"")):
-                    if number or not self.form.head:
-                        key = os.path.abspath(self.form.parse(line.decode())[0])
-                        line = self._replacements.get(key, "").encode("utf-8", "backslashreplace") or line
-                    new.write(line)
-        self._replacements = {}
-        if self._file is not None and not self._file.closed:
-            self._file.close()
-            if not self.size and not self.path.stat().st_size:  # made by ``lock`` for nothing
-                self.path.unlink()
 
 
 # ---------------------------------------------------------------- command line, shared with the other scripts
@@ -1649,10 +916,7 @@ ELSEWHERE |= {"--price-per-hour": "python bench.py --price-per-hour", "--gpu": "
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose help is a script's docstring and whose errors are UsageError in Chinese.
-
-    It knows -h, -q and --log-time.
-    """
+    """An ArgumentParser with a script's docstring as help, UsageError in Chinese for errors, and -h, -q, --log-time."""
 
     def __init__(self, prog: str, manual: str):
         super().__init__(prog, add_help=False, allow_abbrev=False)
@@ -1775,9 +1039,14 @@ def run_command(run: Callable[[argparse.Namespace], int], parser: Parser, argv: 
 
 
 @contextlib.contextmanager
-def progress_bar(total: int | None, unit: str, initial: int = 0) -> Iterator[Any]:
+def progress_bar(total: int | None, unit: str, initial: int = 0, wanted: bool = True) -> Iterator[Any]:
     """A tqdm bar on a terminal, which log lines go above; nothing elsewhere, with --quiet, or without tqdm."""
-    if not sys.stderr.isatty() or not log.isEnabledFor(logging.INFO) or not importlib.util.find_spec("tqdm"):
+    if (
+        not wanted
+        or not sys.stderr.isatty()
+        or not log.isEnabledFor(logging.INFO)
+        or not importlib.util.find_spec("tqdm")
+    ):
         yield types.SimpleNamespace(update=lambda *_: None, set_postfix_str=lambda *_, **__: None)
         return
     from tqdm import tqdm
@@ -1785,17 +1054,6 @@ def progress_bar(total: int | None, unit: str, initial: int = 0) -> Iterator[Any
 
     with logging_redirect_tqdm([log]), tqdm(total=total, unit=unit, initial=initial, dynamic_ncols=True) as bar:
         yield bar
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of this program, of Python and of those packages of requirements.txt that are installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"infer.py": __version__, "Python": sys.version.split()[0]}
-    for package in ("torch", "torchvision", "pillow", "numpy", "onnxruntime", "modelscope-hub", "tqdm"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
 
 
 # ---------------------------------------------------------------- recognising from the command line
@@ -1809,7 +1067,7 @@ def build_parser() -> Parser:
     add("inputs", nargs="*")
     add("-k", "--topk", type=int, default=5)
     add("-t", "--threshold", type=float, default=0.0)
-    add("-f", "--format", choices=list(FORMATS))
+    add("-f", "--format", choices=["text", "jsonl", "csv"])
     add("-o", "--output")
     add("--expect", action="append")
     add("--cache", nargs="?", const=str(cache_folder() / "results.sqlite"))
@@ -1818,32 +1076,7 @@ def build_parser() -> Parser:
     return parser
 
 
-class Share(NamedTuple):
-    """The part of the images that this process does under torchrun; one process alone does all."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def of_environment(cls) -> Share:
-        """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; raises UsageError where they make no sense."""
-        if "WORLD_SIZE" not in os.environ:
-            return cls()
-        values = [os.environ.get(key, "0") for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-        if not all(re.fullmatch(r"-?\d+", value) for value in values):
-            raise UsageError(f"环境变量 RANK、WORLD_SIZE、LOCAL_RANK 应是整数,而不是 {'、'.join(values)}")
-        share = cls(*map(int, values))
-        if not 0 <= share.rank < share.world_size:
-            raise UsageError(f"环境变量 RANK={share.rank} 应不小于 0 并小于 WORLD_SIZE={share.world_size}")
-        return share
-
-    def has(self, path: str) -> bool:
-        """Whether an image is of this share: by its path, so that what arrives later moves no other image."""
-        return zlib.crc32(os.fsencode(os.path.normpath(path))) % self.world_size == self.rank
-
-
-def check_usage(arguments: argparse.Namespace, share: Share) -> None:
+def check_usage(arguments: argparse.Namespace) -> None:
     """Raise UsageError for what cannot be meant, before anything is opened or loaded."""
     inputs, resume = arguments.inputs, arguments.resume or arguments.retry_failed
     if not inputs:
@@ -1853,64 +1086,16 @@ def check_usage(arguments: argparse.Namespace, share: Share) -> None:
     if not any(name == "-" or os.path.lexists(name) or re.search("[*?]", name) for name in inputs):
         hint = "。名字里有空格的要加引号" if os.path.lexists(" ".join(inputs)) else ""
         raise UsageError(f"文件不存在: {'、'.join(inputs)}{hint}")
-    if share.world_size > 1 and "-" in inputs:
-        raise UsageError("用 torchrun 时不能从标准输入读路径,请改用文件夹或通配符")
     if arguments.cache and os.path.splitext(arguments.cache)[1].lower() in Image.registered_extensions():
         raise UsageError(f"--cache 后面的 {arguments.cache} 会被当作缓存文件;请把 --cache 写在图片后面")
     if arguments.expect and resume:
         raise UsageError("--expect 不能与 --resume 同用: 已有记录的图片不会再看")
     if arguments.output is None and (resume or arguments.overwrite):
         raise UsageError("--resume、--retry-failed 和 --overwrite 要与 -o 一起用")
-    if arguments.output is not None:
-        path = Path(arguments.output)
-        if path.suffix.lower() not in (".jsonl", ".csv"):
-            raise UsageError(f"-o 的文件名应以 .jsonl 或 .csv 结尾,格式由它决定,而不是 {path.name}")
-        if arguments.format:
-            raise UsageError("-o 的格式由文件名决定,不要再用 -f")
-        if resume and arguments.overwrite:
-            raise UsageError("--overwrite 不能与 --resume、--retry-failed 同用")
-        if not path.parent.is_dir():
-            raise UsageError(f"文件夹 {path.parent} 不存在")
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} 不是普通文件")
 
 
-def open_output(arguments: argparse.Namespace, share: Share) -> OutputFile | StandardOutput:
-    """Where results go: standard output, or the file of -o, or a share's part of it, with what --resume finds there."""
-    if arguments.output is None:
-        return StandardOutput()
-    path, resume = Path(arguments.output), arguments.resume or arguments.retry_failed
-    arguments.format = path.suffix[1:].lower()
-    output = OutputFile(path, FORMATS[arguments.format](arguments.topk))
-    if share.world_size > 1:
-        output.path = path.with_suffix(f".rank{share.rank}{path.suffix}")
-        for other in path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"):
-            number = other.name[len(path.stem) + 5 : -len(path.suffix)]
-            if resume and other != output.path:  # of another number of processes, or with photos of ours
-                part = OutputFile(other, output.form)
-                part.resume()
-                output.done, output.models = output.done | part.done, output.models | part.models
-            elif arguments.overwrite and share.rank == 0 and number.isdigit() and int(number) >= share.world_size:
-                other.unlink()
-    output.lock()
-    try:
-        if resume:
-            output.resume()
-        elif not arguments.overwrite and output.path.stat().st_size:
-            raise UsageError(f"{output.path} 已存在。接着做用 --resume,重新做用 --overwrite")
-    except UsageError:
-        output.close()
-        raise
-    arguments.hint = f"。已写的都完好,加上 --resume 再运行会接着写 {output.path}"
-    return output
-
-
-def choose_recognizer(arguments: argparse.Namespace, share: Share) -> Recognizer:
-    """The Recognizer of the command line, on this share's own GPU; raises UsageError for labels that it lacks."""
-    graph = arguments.engine == "onnx" or str(arguments.model).endswith(".onnx")
-    on_gpu = arguments.device == "cuda" or arguments.device == "auto" and not graph and has_nvidia_gpu()
-    if share.world_size > 1 and on_gpu and (graph or import_torch().cuda.is_available()):
-        arguments.device = f"cuda:{share.local_rank}"
+def choose_recognizer(arguments: argparse.Namespace) -> Recognizer:
+    """The Recognizer of the command line; raises UsageError for labels to expect that it lacks."""
     recognizer = build_recognizer(arguments)
     labels = recognizer.load().spec.labels if arguments.expect else ()
     if unknown := set(arguments.expect or ()) - set(labels):
@@ -1923,69 +1108,68 @@ def choose_recognizer(arguments: argparse.Namespace, share: Share) -> Recognizer
 def run(arguments: argparse.Namespace) -> int:
     """Recognise everything that was asked for; return the exit status."""
     if arguments.version:
-        print(", ".join(f"{name} {version}" for name, version in package_versions().items()))
+        print(", ".join(f"{name} {version}" for name, version in import_part("versions").package_versions().items()))
         return 0
-    share = Share.of_environment()
-    check_usage(arguments, share)
-    with contextlib.closing(open_output(arguments, share)) as output:
-        return recognise(arguments, share, output)
+    check_usage(arguments)
+    single = len(arguments.inputs) == 1 and os.path.isfile(arguments.inputs[0])
+    if arguments.output is None and "WORLD_SIZE" not in os.environ:
+        output = StandardOutput(make_form(arguments.format or "text", arguments.topk, not single), lambda path: True)
+    else:
+        output = import_part("unattended").open_output(arguments, not single)
+    with contextlib.closing(output):
+        return recognise(arguments, output, single)
 
 
-def recognise(arguments: argparse.Namespace, share: Share, output: OutputFile | StandardOutput) -> int:
-    """Recognise the images of this share that have no record yet; return the exit status."""
+def recognise(arguments: argparse.Namespace, output: Any, single: bool) -> int:
+    """Recognise the images that are due at an output (as StandardOutput); return the exit status."""
     inputs, counts, start = arguments.inputs, Counter(), time.monotonic()
 
     # 1. Which images.
-    retry = output.failed if arguments.retry_failed else set()
-    done_before, failed_before = len(output.done - retry), len(output.failed - retry)
+    done_before, failed_before = output.recorded
 
-    def remaining() -> Iterator[str]:
+    def due() -> Iterator[str]:
         for path in find_images(inputs):
             counts["found"] += 1
-            key = os.path.abspath(path)
-            if share.has(path) and (key not in output.done or key in retry):
+            if output.is_due(path):
                 yield path
 
-    images = remaining()
+    images = due()
     first = list(itertools.islice(images, 1))
     if not counts["found"]:
         raise UsageError("没有找到图片(按扩展名找 .jpg、.png、.webp 等)")
 
     # 2. Which model.
-    recognizer = choose_recognizer(arguments, share)
+    recognizer = choose_recognizer(arguments)
     if output.path:
         output.check(recognizer.identify(), arguments.topk, arguments.threshold)
 
     # 3. How it is shown.
-    single = len(inputs) == 1 and os.path.isfile(inputs[0])
-    form = FORMATS[arguments.format or "text"](arguments.topk, named=not single)
-    head = "" if output.size else form.head
+    as_text = output.path is None and arguments.format in (None, "text")
     with_bar = not single and (output.path or not sys.stdout.isatty()) and sys.stderr.isatty()
-    total = sum(map(share.has, find_images(inputs, warn=False))) if with_bar and "-" not in inputs else None
+    total = None
+    if with_bar and "-" not in inputs:
+        total = done_before + sum(map(output.is_due, find_images(inputs, warn=False)))
 
     # 4. Recognise and write.
     try:
         results = recognizer.stream(itertools.chain(first, images))
-        shown = progress_bar(total, "张", done_before) if with_bar else contextlib.nullcontext()
-        with shown as bar, contextlib.closing(results):
+        with progress_bar(total, "张", done_before, with_bar) as bar, contextlib.closing(results):
             for result in results:
-                if isinstance(form, Text) and single and result.error is None:
+                if as_text and single and result.error is None:
                     log.info("输入图像: %s", result.path)
-                if isinstance(form, Text) and result.cached and not bar:
+                if as_text and result.cached and not with_bar:
                     log.log(CACHE_HIT, "使用缓存结果")
                 writing = time.perf_counter()
-                output.write(head + form.format(result), result.path)
+                output.write(result)
                 recognizer.seconds["write"] += time.perf_counter() - writing
-                head = ""
                 counts.update(done=1, failed=result.error is not None, cached=result.cached)
                 if result.error is not None:
                     log.error("%s: %s", result.path, result.error)
                 if arguments.expect and not {p.label for p in result.predictions} & set(arguments.expect):
                     counts["unexpected"] += 1
                     log.error("%s: 答案里没有 %s", result.path, " 或 ".join(arguments.expect))
-                if bar:
-                    bar.set_postfix_str(f"失败 {counts['failed']}", refresh=False)
-                    bar.update()
+                bar.set_postfix_str(f"失败 {counts['failed']}", refresh=False)
+                bar.update()
     finally:
         # 5. What was done, also where that was interrupted.
         output.close()
@@ -2000,11 +1184,10 @@ def recognise(arguments: argparse.Namespace, share: Share, output: OutputFile | 
                 *(recognizer.seconds[part] for part in ("decode", "resize", "network", "write")),
             )
     failed = counts["failed"] + failed_before
-    if share.world_size > 1:  # torchrun ends all processes when one of them fails
-        if failed:
-            log.warning("第 %d 份有 %d 张失败", share.rank, failed)
-        return 0
-    return 1 if failed or counts["unexpected"] else 0
+    shared = os.environ.get("WORLD_SIZE", "1") != "1"  # torchrun ends all processes when one of them fails
+    if shared and failed:
+        log.warning("第 %s 份有 %d 张失败", os.environ.get("RANK", "0"), failed)
+    return 1 if (failed or counts["unexpected"]) and not shared else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -45,6 +45,8 @@ import numpy
 from learning.classifier import answer, cross_validate, find_suspects, fit_head, gather, judge, root
 from learning.features import Look, Network, look_at, open_backbone, run_torch
 from learning.training import finetune
+from wwts import files, memory, torch_engine, unattended
+from wwts import learned as learned_models
 
 log = logging.getLogger("wwts")
 # This share of the photos, but 50 at least and 2,000 at most, is looked at again, mirrored and so much nearer.
@@ -68,7 +70,7 @@ def read_table(path: str) -> dict[str, str]:
             photo, label = row["path"] or "", (row["label"] or "").strip()
             if not photo or not label:
                 raise infer.UsageError(f"{path} 第 {rows.line_num} 行缺少 path 或 label")
-            names = (photo, infer.unescape_cell(photo))  # the latter where it comes from a result of infer.py
+            names = (photo, unattended.unescape_cell(photo))  # the latter where it comes from a result of infer.py
             places = [Path(folder, name) for name in names for folder in ("", Path(path).parent)]
             # A ' keeps spreadsheets from taking what follows for a formula.
             label = re.sub("^'(?=[-=+@'])", "", label)
@@ -165,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise infer.ModelError("缺少 safetensors,请运行: pip install safetensors")
     labels, corrected = collect(arguments.inputs)
     arguments.source = (arguments.repo, arguments.trust_repo, arguments.weights, None, arguments.offline)
-    network, store = open_backbone(arguments, len(labels)), infer.Cache(str(infer.cache_folder() / "features.sqlite"))
+    network, store = open_backbone(arguments, len(labels)), memory.Cache(str(infer.cache_folder() / "features.sqlite"))
     share = max(min(LEAST / len(labels), 1), min(SECOND_LOOKS, MOST / len(labels)))
     seen = look_at(list(labels), network, arguments, store, share)
     learned = choose(labels, corrected, seen)
@@ -195,7 +197,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         text = json.dumps(about | {"accuracy": result["accuracy"], "whole": whole}, ensure_ascii=False)
         tensors = {name: numpy.array(values, order="C") for name, values in tensors.items()}
-        with infer.replacing(output) as target:
+        with files.replacing(output) as target:
             target.write_bytes(save(tensors, {"wwts_learned": text}))
 
     if not arguments.resume:  # or else it may be the best network so far
@@ -214,8 +216,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise infer.ModelError(f"训练出错: {infer.one_line(error)}。{remedy}") from error
         if result:
             report["held_out"], head = result, None
-            model = infer.load_learned_model(str(output), *arguments.source)
-            engine = infer.TorchEngine(model, arguments.device, arguments.dtype)
+            model = learned_models.load_learned_model(str(output), *arguments.source)
+            engine = torch_engine.TorchEngine(model, arguments.device, arguments.dtype)
             network = Network(model.spec, engine.version, "", run_torch(engine))
         else:
             log.warning("训练整个网络没有更好,保留原来的网络")
@@ -239,7 +241,7 @@ def run(arguments: argparse.Namespace) -> int:
     if report["suspects"]:
         report["advice"].append("先复查标签可能有误的照片,把改正写进 CSV 文件(path,label),同文件夹一起再学一次")
     if arguments.report:
-        with infer.replacing(arguments.report) as target:
+        with files.replacing(arguments.report) as target:
             target.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     show(report)
     return 0

@@ -45,6 +45,8 @@ import infer
 
 from PIL import Image
 
+from wwts import files, unattended
+
 TEMPLATE = Path(__file__).resolve().parent / "pages" / "report.html"
 LONGEST_LINE = 2**26  # bytes; what is longer is no record
 THUMBNAIL = 160  # pixels of the longer side
@@ -72,7 +74,7 @@ def parse_record(line: str, header: list[str] | None) -> Record:
         answers = [(answer["label"], answer["confidence"]) for answer in row["results"]] if error is None else []
     else:
         (cells,) = csv.reader([line], strict=True)
-        row = dict(zip(header, map(infer.unescape_cell, cells), strict=True))
+        row = dict(zip(header, map(unattended.unescape_cell, cells), strict=True))
         error = row["error"] or None
         answers = [(row[f"label_{rank}"], row[f"confidence_{rank}"]) for rank in range(1, len(header) // 2 - 1)]
     results = [(label, float(confidence)) for label, confidence in answers if confidence != ""]
@@ -85,7 +87,7 @@ def parse_record(line: str, header: list[str] | None) -> Record:
 
 def read_rule(values: list[str]) -> set[str]:
     """The labels that --forbid or --require names, themselves or in files."""
-    return set(chain(*(infer.read_labels(value) if os.path.isfile(value) else [value] for value in values))) - {""}
+    return set(chain(*(files.read_labels(value) if os.path.isfile(value) else [value] for value in values))) - {""}
 
 
 class Rules(NamedTuple):
@@ -176,7 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise infer.UsageError(f"-o 后面应是一个以 .html 结尾的文件名,在已有的文件夹里,而不是 {output}")
     if most < 1 or not 0 <= arguments.threshold <= 1:
         raise infer.UsageError("--most 应是 1 或更大的整数,-t 应在 0 到 1 之间")
-    known = infer.read_labels(arguments.labels) if arguments.labels else []
+    known = files.read_labels(arguments.labels) if arguments.labels else []
     rules = Rules(read_rule(arguments.forbid), read_rule(arguments.require), arguments.threshold)
     if known and (unknown := (rules.forbidden | rules.required).difference(known)):
         raise infer.UsageError(f"{arguments.labels} 里没有这些标签: {'、'.join(sorted(unknown))}")
@@ -185,7 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not TEMPLATE.is_file():
         raise infer.ModelError(f"缺少网页的模板 {TEMPLATE};请重新下载本项目")
     # The page's Content-Security-Policy allows only the script and the style that bear its secret number.
-    head, tail = infer.read_text(TEMPLATE).replace("NONCE", secrets.token_hex(16)).split("<!-- data -->\n")
+    head, tail = files.read_text(TEMPLATE).replace("NONCE", secrets.token_hex(16)).split("<!-- data -->\n")
     summary = survey(read_records(paths, rules))
     total, violations, shown, missing = summary["total"], summary["violations"], min(summary["total"], most), 0
     summary |= {"files": [*map(os.path.basename, paths)], "time": max(map(os.path.getmtime, paths))}
@@ -200,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = filter(has_room, islice(read_records(paths, rules), total))
     # A path that is no text is escaped as JSON would escape it.
     options = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
-    with infer.replacing(output) as target, open(target, "w", **options) as page, ThreadPoolExecutor() as pool:
+    with files.replacing(output) as target, open(target, "w", **options) as page, ThreadPoolExecutor() as pool:
         page.write(head)
         with infer.progress_bar(shown, "张") as bar:
             while block := list(islice(chosen, BLOCK)):

@@ -23,6 +23,7 @@ import numpy
 from PIL import Image, ImageOps
 
 import export
+from wwts import files, learned, memory, repositories, torch_engine
 
 log = logging.getLogger("wwts")
 WORTH_EXPORTING = 200  # photos, whose features regain the time that exporting the network takes
@@ -46,12 +47,12 @@ class Look(NamedTuple):
     rows: list[numpy.ndarray]
 
 
-def run_torch(engine: infer.TorchEngine) -> Callable[[list[numpy.ndarray]], numpy.ndarray]:
+def run_torch(engine: torch_engine.TorchEngine) -> Callable[[list[numpy.ndarray]], numpy.ndarray]:
     """The function from pixels to the outputs of an engine's network, for any number of threads."""
     lock = threading.Lock()
 
     def run(batch: list[numpy.ndarray]) -> numpy.ndarray:
-        with lock, infer.import_torch().inference_mode():
+        with lock, torch_engine.import_torch().inference_mode():
             return engine.model(engine.normalize(numpy.stack(batch)).to(engine.dtype)).float().cpu().numpy()
 
     return run
@@ -67,12 +68,12 @@ def open_backbone(arguments: argparse.Namespace, photos: int) -> Network:
     path = infer.cache_folder() / f"features-{name}-{version}" / "graph.onnx"
     on_cpu = recognizer.device == "cpu" or recognizer.device == "auto" and not infer.has_nvidia_gpu()
     onnx = on_cpu and recognizer.engine != "torch" and importlib.util.find_spec("onnxruntime")
-    known = infer.recall(path.parent.name) if onnx else None
+    known = memory.recall(path.parent.name) if onnx else None
     if known is None:
-        model, torch = infer.load_hub_model(name, *arguments.source), infer.import_torch()
-        model.module.set_submodule(infer.find_classifier(model), torch.nn.Identity())
+        model, torch = repositories.load_hub_model(name, *arguments.source), torch_engine.import_torch()
+        model.module.set_submodule(learned.find_classifier(model), torch.nn.Identity())
         model = model._replace(spec=dataclasses.replace(model.spec, draft=recognizer.draft or model.spec.draft))
-        engine = infer.TorchEngine(model, recognizer.device, recognizer.dtype)
+        engine = torch_engine.TorchEngine(model, recognizer.device, recognizer.dtype)
         onnx = onnx and importlib.util.find_spec("onnxscript") and model.files and engine.dtype == torch.float32
         arguments.batch_size = recognizer.batch_size or (64 if engine.device.type == "cuda" else 8)
         slow = Network(model.spec, version, model.parameters, run_torch(engine))
@@ -80,14 +81,16 @@ def open_backbone(arguments: argparse.Namespace, photos: int) -> Network:
             return slow
         log.info("正在导出网络,需要十几秒到一分钟,以后不再需要")
         try:
-            with infer.replacing(path.parent) as folder:
+            with files.replacing(path.parent) as folder:
                 folder.mkdir()
                 export.write_graph(engine, folder / path.name, separate_weights=True, softmax=False)
         except infer.ModelError as error:
             log.warning("%s。这次用 torch", error)
             return slow
         known = {"parameters": model.parameters, "spec": model.spec.record()}
-        infer.remember(path.parent.name, {str(part): infer.file_state(part) for part in path.parent.iterdir()}, **known)
+        memory.remember(
+            path.parent.name, {str(part): memory.file_state(part) for part in path.parent.iterdir()}, **known
+        )
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -113,7 +116,7 @@ def time_taken(data: bytes) -> float:
 
 
 def look_at(
-    paths: list[str], network: Network, arguments: argparse.Namespace, store: infer.Cache, share: float = 0
+    paths: list[str], network: Network, arguments: argparse.Namespace, store: memory.Cache, share: float = 0
 ) -> dict[str, Look | str]:
     """Path → what the network sees, with a second look for this share of the photos; or why it cannot be read."""
     nearer = dataclasses.replace(network.spec, resize=round(NEARER * network.spec.resize))

@@ -16,6 +16,7 @@ import numpy
 
 from learning.classifier import Photos, answer, find_temperature, judge
 from learning.features import Network, look_at, run_torch
+from wwts import files, learned, memory, repositories, torch_engine
 
 log = logging.getLogger("wwts")
 # Photos a step, rates of the head and of the rest for so many steps, shares of a photo that are cut out.
@@ -31,16 +32,16 @@ def finetune(
     is called with all parameters and that judgement; and everything is saved, for --resume. Batch norms keep their
     statistics. Raises UsageError where --resume finds another training, ModelError where it cannot be read.
     """
-    torch = infer.import_torch()
+    torch = torch_engine.import_torch()
     from torchvision.transforms import v2
 
-    model = infer.load_hub_model(network.spec.name, *arguments.source)
+    model = repositories.load_hub_model(network.spec.name, *arguments.source)
     epochs, result, labels, names = arguments.finetune, None, photos.labels, photos.names
     rows, paths = numpy.flatnonzero(~held), [photos.paths[row] for row in numpy.flatnonzero(held)]
     # The head first, on features that are not rooted, since a root has no finite slope at zero. Not by discriminant
     # analysis, whose large weights on what varies little would upset all with the first step.
     features = torch.from_numpy(photos.features[rows]).float()
-    linear, layer = torch.nn.Linear(features.shape[1], len(names)), infer.find_classifier(model)
+    linear, layer = torch.nn.Linear(features.shape[1], len(names)), learned.find_classifier(model)
     smooth = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     solver = torch.optim.LBFGS(linear.parameters(), max_iter=50)
 
@@ -53,7 +54,7 @@ def finetune(
     solver.step(closure)
     model.module.set_submodule(layer, linear)
     # As if it were not this project's own, whose batch norms are folded and could not be trained.
-    engine = infer.TorchEngine(model._replace(own=False), arguments.device, "float32")
+    engine = torch_engine.TorchEngine(model._replace(own=False), arguments.device, "float32")
     module = engine.model.requires_grad_(True)
     body = [value for name, value in module.named_parameters() if not name.startswith(f"{layer}.")]
     optimizer = torch.optim.AdamW([{"params": linear.parameters()}, {"params": body}], weight_decay=0.02)
@@ -102,7 +103,7 @@ def finetune(
                 losses.append(loss.item())
                 bar.set_postfix_str(f"第 {epoch}/{epochs} 轮,损失 {numpy.mean(losses):.3f}")
                 bar.update(1)
-        seen = look_at(paths, network._replace(run=run_torch(engine)), arguments, infer.Cache(":memory:"))
+        seen = look_at(paths, network._replace(run=run_torch(engine)), arguments, memory.Cache(":memory:"))
         if gone := [path for path in paths if isinstance(seen[path], str)]:
             raise infer.UsageError(f"{gone[0]}: {seen[gone[0]]}。请放回照片,加上 --resume 接着做")
         logits = numpy.stack([seen[path].rows[0] for path in paths])
@@ -116,7 +117,7 @@ def finetune(
             for name in (f"{layer}.weight", f"{layer}.bias"):
                 tensors[name] = tensors[name] / numpy.float32(divisor)
             write(tensors, result, whole=True)
-        with infer.replacing(checkpoint) as path:
+        with files.replacing(checkpoint) as path:
             states = {name: part.state_dict() for name, part in parts.items()}
             torch.save(states | {"key": key, "progress": [epoch, best, result]}, path)
     checkpoint.unlink()

@@ -25,6 +25,7 @@ from starlette.requests import ClientDisconnect
 
 from serving.lanes import MOST_TOPK, BusyError, Service, estimate_cost
 from serving.uploads import MOST_IMAGES, Intake
+from wwts import files
 
 PAGE = Path(__file__).resolve().parent.parent / "pages" / "serve.html"
 POLICY = "default-src 'none'; img-src data:; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; "
@@ -165,7 +166,7 @@ def build_app(arguments: argparse.Namespace) -> FastAPI:
     """Load the model that serve.py's arguments ask for, and make the application. Raises ModelError."""
     if not PAGE.is_file():
         raise infer.ModelError(f"缺少网页 {PAGE};请重新下载本项目")
-    page = infer.read_text(PAGE)
+    page = files.read_text(PAGE)
     service, intake, reloading = Service(arguments, BATCHES.observe), Intake(arguments.max_bytes), asyncio.Lock()
     QUEUE.set_function(lambda: sum(map(len, service.lanes)))
     bearer = HTTPBearer(auto_error=False, description="serve.py 的 --token")

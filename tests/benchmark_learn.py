@@ -17,9 +17,10 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from infer import Cache, Parser, add_model_options, cache_folder
+from infer import Parser, add_model_options, cache_folder
 
 import learn
+from wwts.memory import Cache
 
 ROWS = "学习得到的头", "同上,不看第二眼", "逻辑回归", "最近的类中心", "最近的一张照片"
 

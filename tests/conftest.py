@@ -354,7 +354,8 @@ def _exported(tmp_path_factory):
     program.mkdir()
     for name in ("infer.py", "export.py", "hubconf.py", "labels_zh.json"):
         shutil.copy2(ROOT / name, program)
-    shutil.copytree(ROOT / "samples", program / "samples")
+    for name in ("samples", "wwts"):
+        shutil.copytree(ROOT / name, program / name)
     env = {"XDG_CACHE_HOME": str(cache), "HOME": str(folder), "MODELSCOPE_CACHE": str(folder / "ms")}
 
     def run(*arguments, env=(), program=program, script="infer"):
@@ -388,21 +389,21 @@ def exported(_exported, infer_here, monkeypatch):
     """
 
     def here(*arguments, env=(), script="infer"):
-        import infer
+        from wwts import repositories
 
         with monkeypatch.context() as patch:
-            patch.setattr(infer, "HERE", _exported.program)
+            patch.setattr(repositories, "HERE", _exported.program)
             for name, value in {**_exported.env, **dict(env)}.items():
                 patch.setenv(name, value)
             return infer_here(*arguments, script=script)
 
     def vouch():
-        import infer
+        from wwts import memory
 
         with monkeypatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", _exported.env["XDG_CACHE_HOME"])
             folder = _exported.graph.parent
-            infer.remember(folder.name, {str(path): infer.file_state(path) for path in folder.iterdir()})
+            memory.remember(folder.name, {str(path): memory.file_state(path) for path in folder.iterdir()})
 
     _exported.here, _exported.vouch = here, vouch
     return _exported

@@ -13,6 +13,7 @@ from conftest import ROOT, SAMPLES
 
 import check as check_module
 import export
+from wwts import repositories, torch_engine
 
 LITE = ("-m", "wwts_cn_lite", "-d", "cpu")
 
@@ -26,7 +27,7 @@ def program(tmp_path, monkeypatch):
         shutil.copy2(photo, folder / "samples")
     for name in ("hubconf.py", "labels_zh.json", "requirements.txt"):
         shutil.copy2(ROOT / name, folder)
-    for module in (infer_module, check_module, export):
+    for module in (repositories, check_module, export):
         monkeypatch.setattr(module, "HERE", folder)
     return folder
 
@@ -111,14 +112,14 @@ def test_weights_of_ones_own_are_recorded_and_a_change_is_seen(check, lite_file)
 
 
 def test_a_parameter_that_memory_or_precision_spoilt(check, monkeypatch):
-    load = infer_module.load_hub_model
+    load = repositories.load_hub_model
 
     def spoilt(*arguments):
         model = load(*arguments)
         model.module._fc.weight[3, 5] = float("inf")
         return model
 
-    monkeypatch.setattr(infer_module, "load_hub_model", spoilt)
+    monkeypatch.setattr(repositories, "load_hub_model", spoilt)
     assert {"parameters", "samples"} <= set(check()) and "_fc.weight" in check.details["parameters"]
 
 
@@ -154,8 +155,8 @@ def test_preprocessing_that_differs_from_torchvisions(check, monkeypatch):
     monkeypatch.setattr(infer_module, "preprocess", wrong)
     assert check() == ["preprocessing"]
     monkeypatch.setattr(infer_module, "preprocess", right)
-    normalize = infer_module.TorchEngine.normalize
-    monkeypatch.setattr(infer_module.TorchEngine, "normalize", lambda *a: normalize(*a).half().float())
+    normalize = torch_engine.TorchEngine.normalize
+    monkeypatch.setattr(torch_engine.TorchEngine, "normalize", lambda *a: normalize(*a).half().float())
     assert check() == ["preprocessing"]
 
 
@@ -165,26 +166,26 @@ def test_a_torch_that_miscomputes(check, monkeypatch):
 
 
 def test_a_torch_whose_answers_vary(check, monkeypatch):
-    right = infer_module.TorchEngine.classify
+    right = torch_engine.TorchEngine.classify
 
     def unstable(self, batch, topk):
         indices, values = right(self, batch, topk)
         return indices, values + (np.random.random(values.shape) * 1e-4).astype(np.float32)
 
-    monkeypatch.setattr(infer_module.TorchEngine, "classify", unstable)
+    monkeypatch.setattr(torch_engine.TorchEngine, "classify", unstable)
     assert check() == ["twice"]
 
     def alike(self, batch, topk):
         indices, values = right(self, batch, topk)
         return indices[-1:].repeat(len(batch), 0), values[-1:].repeat(len(batch), 0)
 
-    monkeypatch.setattr(infer_module.TorchEngine, "classify", alike)
+    monkeypatch.setattr(torch_engine.TorchEngine, "classify", alike)
     assert {"samples", "batches"} <= set(check())
 
 
 def test_the_exported_graph_is_compared(check, exported, monkeypatch):
     assert check() == [] and "还没有导出" in check.details["onnx"]
-    for module in (infer_module, check_module, export):
+    for module in (repositories, check_module, export):
         monkeypatch.setattr(module, "HERE", exported.program)
     for name, value in exported.env.items():
         monkeypatch.setenv(name, value)
@@ -210,7 +211,7 @@ def test_a_device_that_is_not_there_or_not_usable(check, monkeypatch):
 
 
 def test_a_gpu_is_described(check, monkeypatch, tmp_path):
-    monkeypatch.setattr(infer_module, "choose_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(torch_engine, "choose_device", lambda name: torch.device("cuda:1"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 24 * 2**30))
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -361,6 +361,7 @@ def test_works_from_any_folder_and_copied_anywhere(infer, tmp_path):
     copy.mkdir()
     for name in ("infer.py", "hubconf.py", "labels_zh.json"):
         shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "wwts", copy / "wwts")
     command = [sys.executable, str(copy / "infer.py"), *LITE, str(CAT), "-k", "1"]
     result = subprocess.run(command, cwd="/", capture_output=True, encoding="utf-8")
     assert result.returncode == 0 and "埃及猫" in result.stdout

@@ -25,6 +25,8 @@ import torch
 from conftest import ROOT, SAMPLES
 from PIL import Image
 
+from wwts import unattended
+
 LITE = ("-m", "wwts_cn_lite")
 
 
@@ -574,7 +576,10 @@ def test_heic_photos_are_read_where_the_package_is_installed(infer, tiny_graph, 
 
 def test_a_second_run_is_told_where_nobody_says_who_the_first_is(tmp_path, monkeypatch):
     """There is no /proc on other systems than Linux."""
-    first, second = (infer_module.OutputFile(tmp_path / "out.jsonl", infer_module.Jsonl(5)) for _ in range(2))
+    first, second = (
+        unattended.OutputFile(tmp_path / "out.jsonl", infer_module.make_form("jsonl", 5, True), unattended.Share())
+        for _ in range(2)
+    )
     first.lock()
     with monkeypatch.context() as patch, pytest.raises(infer_module.UsageError, match="正由另一个进程写入"):
         patch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))

@@ -36,6 +36,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import hubconf
+from wwts import memory, unattended
 
 CAT = SAMPLES[0]
 GIB = 2**30
@@ -670,7 +671,7 @@ def line(**changes):
     return json.dumps(record | changes).encode() + b"\n"
 
 
-HEADER = infer_module.Csv(5).head.encode()
+HEADER = infer_module.make_form("csv", 5, True).head.encode()
 ROW = b"a,fast,01234567" + b",x,0.5" * 5 + b",\r\n"
 HOSTILE_RESULTS = {
     "deep.jsonl": b'{"path": "a", "model": ' + DEEP + b"\n",
@@ -815,8 +816,8 @@ def test_what_is_remembered_is_not_believed_if_it_is_no_record(infer_here, tmp_p
     (record,) = (tmp_path / "wwts").glob("model-*.json")
     version = records(first.stdout)[0]["version"]
     graph_record = tmp_path / "wwts" / f"graph-wwts_cn_lite-{version}.json"
-    infer_module.kept_graph("wwts_cn_lite", version).parent.mkdir()
-    infer_module.kept_graph("wwts_cn_lite", version).write_bytes(b"no graph")
+    memory.kept_graph("wwts_cn_lite", version).parent.mkdir()
+    memory.kept_graph("wwts_cn_lite", version).write_bytes(b"no graph")
     for path in (record, graph_record):
         path.unlink(missing_ok=True)
         sparse(path) if content is None else path.write_bytes(content)
@@ -833,7 +834,7 @@ FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "=cmd|' /C calc'!A0"
 @pytest.mark.parametrize("text", FORMULAS)
 def test_no_cell_of_a_table_is_a_formula(text):
     """OWASP's rule: what a spreadsheet would compute gets a single quote in front; and a cell is one line."""
-    table = infer_module.Csv(2)
+    table = infer_module.make_form("csv", 2, True)
     prediction = infer_module.Prediction(text, 0.5, 0)
     lines = [
         table.format(infer_module.Result(text, "fast", "01234567", (prediction, prediction))),
@@ -844,7 +845,7 @@ def test_no_cell_of_a_table_is_a_formula(text):
     wanted = "'" * (text[0] in "=+-@'") + escaped
     assert [rows[0][0], rows[0][3], rows[0][5], rows[1][0], rows[1][-1]] == [wanted] * 5
     assert not any(cell[:1] in tuple("=+-@\t\r") for row in rows for cell in row if cell)
-    assert [table.parse(line)[0] for line in lines] == [text] * 2
+    assert [unattended.parse_record(table, line)[0] for line in lines] == [text] * 2
 
 
 def test_a_table_with_would_be_formulas_is_resumed(fast, tmp_path, monkeypatch):

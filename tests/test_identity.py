@@ -19,6 +19,7 @@ from torchvision import transforms
 import check as check_module
 import export as export_module
 import hubconf
+from wwts import repositories
 
 CAT, COFFEE = SAMPLES[:2]
 LITE = ("-m", "wwts_cn_lite", "-d", "cpu")
@@ -120,7 +121,7 @@ def program(tmp_path, monkeypatch):
     """A copy of the repository's files that a test may edit."""
     for name in ("hubconf.py", "labels_zh.json"):
         shutil.copy2(ROOT / name, tmp_path)
-    for module in (infer_module, check_module, export_module):
+    for module in (repositories, check_module, export_module):
         monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
@@ -181,18 +182,18 @@ def test_weights_belong_to_the_version_wherever_they_lie(answer, other_weights, 
 
 
 def test_labels_that_change_while_a_model_is_loaded_are_noticed_later(answer, program, monkeypatch):
-    right = infer_module._call_entry_point
+    right = repositories._call_entry_point
 
     def edited_meanwhile(*arguments):
         model = right(*arguments)
         rename_cat(program)
         return model
 
-    monkeypatch.setattr(infer_module, "_call_entry_point", edited_meanwhile)
+    monkeypatch.setattr(repositories, "_call_entry_point", edited_meanwhile)
     command = (*LITE, "--cache", program / "c")
     first = answer(*command)
     assert first["results"][0]["label"] == "埃及猫"
-    monkeypatch.setattr(infer_module, "_call_entry_point", right)
+    monkeypatch.setattr(repositories, "_call_entry_point", right)
     again = answer(*command)
     assert_other(again, first)
     assert again["results"][0]["label"] == "法老猫"

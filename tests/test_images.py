@@ -14,7 +14,9 @@ from conftest import SAMPLES
 from PIL import Image, ImageOps
 from torchvision import transforms
 
-infer.import_torch()
+from wwts import torch_engine
+
+torch_engine.import_torch()
 
 
 def spec_of(**pixels):
@@ -40,8 +42,8 @@ def torchvision_pipeline(spec):
 
 def engine(spec):
     """An engine around a network that gives its input back, so that nothing but the input is seen."""
-    model = infer.HubModel(torch.nn.Identity(), spec, weights="none", files=None, own=False)
-    return infer.TorchEngine(model, "cpu", "float32")
+    model = torch_engine.HubModel(torch.nn.Identity(), spec, weights="none", files=None, own=False)
+    return torch_engine.TorchEngine(model, "cpu", "float32")
 
 
 SIZES = [(260, 260), (292, 292), (224, 224), (500, 375), (375, 500), (1, 1), (2, 3), (7, 5), (259, 261), (293, 291)]

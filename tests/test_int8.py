@@ -12,6 +12,7 @@ from conftest import ROOT, SAMPLES
 from PIL import Image, ImageEnhance, ImageOps
 
 from exporting import quantization
+from wwts import torch_engine
 
 LITE = ("-m", "wwts_cn_lite")
 
@@ -119,8 +120,8 @@ def test_what_is_left_in_float_is_what_does_harm(tmp_path):
     spec = infer_module.Spec.parse({**spec, **dict(interpolation="bilinear", mean=[0.5] * 3, std=[0.5] * 3)}, "x")
     import export
 
-    model = infer_module.HubModel(network.eval(), spec, "0" * 64, None, False)
-    engine = infer_module.TorchEngine(model, "cpu", "float32")
+    model = torch_engine.HubModel(network.eval(), spec, "0" * 64, None, False)
+    engine = torch_engine.TorchEngine(model, "cpu", "float32")
     export.write_graph(engine, tmp_path / "float32.onnx", separate_weights=True)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3)).astype(np.uint8)
     quantizer = quantization.Quantizer(tmp_path / "float32.onnx", pixels)

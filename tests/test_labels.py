@@ -8,6 +8,8 @@ import infer
 import pytest
 from conftest import ROOT
 
+from wwts import files
+
 # Names that Chinese speakers write with Latin letters.
 WITH_LATIN_LETTERS = {"CD播放器", "iPod", "T恤", "福特T型车"}
 
@@ -66,7 +68,7 @@ def write(tmp_path, name, text, encoding="utf-8"):
     ],
 )
 def test_every_kind_of_labels_file(tmp_path, name, text):
-    assert infer.read_labels(write(tmp_path, name, text)) == ["猫", "狗", "鹤 鸟"]
+    assert files.read_labels(write(tmp_path, name, text)) == ["猫", "狗", "鹤 鸟"]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,6 @@ def test_every_kind_of_labels_file(tmp_path, name, text):
 )
 def test_a_bad_labels_file_is_one_clear_error(tmp_path, text, encoding, message):
     with pytest.raises(infer.ModelError, match=message):
-        infer.read_labels(write(tmp_path, "labels", text, encoding))
+        files.read_labels(write(tmp_path, "labels", text, encoding))
     with pytest.raises(infer.ModelError, match="无法读取"):
-        infer.read_labels(tmp_path / "missing")
+        files.read_labels(tmp_path / "missing")

@@ -25,6 +25,8 @@ from PIL import Image
 import learn as learn_module
 from learning import classifier, training
 from learning import features as features_module
+from wwts import learned as learned_models
+from wwts import repositories, torch_engine
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="learning needs safetensors")
 
@@ -159,8 +161,8 @@ def test_scikit_learn_agrees_with_the_network(learned):
     discriminant_analysis = pytest.importorskip("sklearn.discriminant_analysis", reason="the oracle is scikit-learn")
     softmax = pytest.importorskip("scipy.special").softmax
     folder, output, *_ = learned
-    model = infer_module.load_hub_model("wwts_cn_lite")
-    engine = infer_module.TorchEngine(model, "cpu", "float32")
+    model = repositories.load_hub_model("wwts_cn_lite")
+    engine = torch_engine.TorchEngine(model, "cpu", "float32")
     engine.model._fc = torch.nn.Identity()
 
     def features(part):
@@ -183,7 +185,7 @@ def test_scikit_learn_agrees_with_the_network(learned):
     # The file with this head in place of what was learned.
     tensors = {"weight": np.float32(weight), "bias": np.float32(bias)}
     rewritten = rewrite(output, folder / "oracle.safetensors", tensors=tensors)
-    confidences = all_confidences(infer_module.load_learned_model(str(rewritten)), folder / "test")
+    confidences = all_confidences(learned_models.load_learned_model(str(rewritten)), folder / "test")
     wanted = softmax(theirs.decision_function(np.sqrt(test).astype(float)) / temperature, 1)
     assert (confidences.argmax(1) == wanted.argmax(1)).all()
     assert [theirs.classes_[index] for index in confidences.argmax(1)] == theirs.predict(np.sqrt(test)).tolist()
@@ -199,7 +201,7 @@ def make_photos(labels, features):
 
 
 def all_confidences(model, folder):
-    engine = infer_module.TorchEngine(model, "cpu", "float32")
+    engine = torch_engine.TorchEngine(model, "cpu", "float32")
     pixels = []
     for path in sorted(folder.glob("*/*.jpg")):
         with Image.open(path) as image:
@@ -260,7 +262,7 @@ def test_a_foreign_backbone_with_features_of_either_sign(learn, goods, infer_her
     answers = records(found)
     right = [Path(answer["path"]).relative_to(goods).parts[0] == answer["results"][0]["label"] for answer in answers]
     assert len(right) == 18 and np.mean(right) > 0.9
-    model = infer_module.load_learned_model(str(learn.output), str(repository))
+    model = learned_models.load_learned_model(str(learn.output), str(repository))
     (root, linear), features = model.module.fc, torch.tensor([[-4.0, 0.0, 9.0, 1.0, -1.0, 0.25]])
     assert root(features).tolist() == [[-2.0, 0.0, 3.0, 1.0, -1.0, 0.5]] and linear.out_features == 3
 

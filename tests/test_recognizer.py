@@ -22,6 +22,8 @@ import torch
 from conftest import SAMPLES, make_graph
 from PIL import Image, ImageOps
 
+from wwts import repositories
+
 CAT, COFFEE, PALACE, TRIPOD = SAMPLES
 
 
@@ -114,8 +116,8 @@ def test_streams_of_batches_of_one_end(fast):
 
 def test_the_model_is_loaded_once_by_however_many_threads(fast, monkeypatch):
     calls = []
-    load = infer_module.load_hub_model
-    monkeypatch.setattr(infer_module, "load_hub_model", lambda *a: calls.append(1) or time.sleep(0.1) or load(*a))
+    load = repositories.load_hub_model
+    monkeypatch.setattr(repositories, "load_hub_model", lambda *a: calls.append(1) or time.sleep(0.1) or load(*a))
     recognizer = fast(workers=8)
     in_threads([lambda: list(recognizer.stream(SAMPLES * 5)) for _ in range(8)])
     assert len(calls) == 1

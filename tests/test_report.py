@@ -547,6 +547,7 @@ def test_as_a_process(photos):
     assert not (photos.parent / "满.html").exists() and not list(photos.parent.glob(".*"))
     for name in ("infer.py", "report.py"):
         shutil.copy(ROOT / name, photos.parent)
+    shutil.copytree(ROOT / "wwts", photos.parent / "wwts")
     result = subprocess.run(
         [sys.executable, "report.py", photos], cwd=photos.parent, capture_output=True, encoding="utf-8"
     )
