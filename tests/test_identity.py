@@ -359,6 +359,14 @@ def test_equal_helpers_of_two_repositories_are_not_mixed_up(answer, repository, 
     assert answer("--repo", repository, "-m", "net") == first
 
 
+def test_a_repository_may_have_an_infer_of_its_own(answer, repository, tmp_path):
+    (repository / "arithmetic.py").rename(repository / "infer.py")
+    text = REPOSITORY.replace("from arithmetic", "from infer")
+    (repository / "hubconf.py").write_text(text, encoding="utf-8")
+    assert answer("--repo", repository, "-m", "net")["results"]
+    assert sys.modules["infer"] is infer_module
+
+
 # ---------------------------------------------------------------- --resume
 
 

@@ -61,28 +61,10 @@ def open_output(arguments: argparse.Namespace, named: bool) -> OutputFile | Stan
     if arguments.output is None:
         return StandardOutput(infer.make_form(arguments.format or "text", arguments.topk, named), share.has)
     path, resume = Path(arguments.output), arguments.resume or arguments.retry_failed
-    if path.suffix.lower() not in (".jsonl", ".csv"):
-        raise UsageError(f"-o 的文件名应以 .jsonl 或 .csv 结尾,格式由它决定,而不是 {path.name}")
-    if arguments.format:
-        raise UsageError("-o 的格式由文件名决定,不要再用 -f")
-    if resume and arguments.overwrite:
-        raise UsageError("--overwrite 不能与 --resume、--retry-failed 同用")
-    if not path.parent.is_dir():
-        raise UsageError(f"文件夹 {path.parent} 不存在")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} 不是普通文件")
-    form = infer.make_form(path.suffix[1:].lower(), arguments.topk, named)
-    output = OutputFile(path, form, share)
+    _check_usage(arguments, path, resume)
+    output = OutputFile(path, infer.make_form(path.suffix[1:].lower(), arguments.topk, named), share)
     if share.world_size > 1:
-        output.path = path.with_suffix(f".rank{share.rank}{path.suffix}")
-        for other in path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"):
-            number = other.name[len(path.stem) + 5 : -len(path.suffix)]
-            if resume and other != output.path:  # of another number of processes, or with photos of ours
-                part = OutputFile(other, form, share)
-                part.resume()
-                output.done, output.models = output.done | part.done, output.models | part.models
-            elif arguments.overwrite and share.rank == 0 and number.isdigit() and int(number) >= share.world_size:
-                other.unlink()
+        _open_part(output, resume, arguments.overwrite)
     output.lock()
     try:
         if resume:
@@ -96,13 +78,38 @@ def open_output(arguments: argparse.Namespace, named: bool) -> OutputFile | Stan
     return output
 
 
+def _check_usage(arguments: argparse.Namespace, path: Path, resume: bool) -> None:
+    if path.suffix.lower() not in (".jsonl", ".csv"):
+        raise UsageError(f"-o 的文件名应以 .jsonl 或 .csv 结尾,格式由它决定,而不是 {path.name}")
+    if arguments.format:
+        raise UsageError("-o 的格式由文件名决定,不要再用 -f")
+    if resume and arguments.overwrite:
+        raise UsageError("--overwrite 不能与 --resume、--retry-failed 同用")
+    if not path.parent.is_dir():
+        raise UsageError(f"文件夹 {path.parent} 不存在")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} 不是普通文件")
+
+
 def _take_own_gpu(arguments: argparse.Namespace, share: Share) -> None:
     graph = arguments.engine == "onnx" or str(arguments.model).endswith(".onnx")
-    if arguments.device == "cuda" or arguments.device == "auto" and not graph and infer.has_nvidia_gpu():
-        if not graph:
-            from wwts.torch_engine import import_torch
-        if graph or import_torch().cuda.is_available():
-            arguments.device = f"cuda:{share.local_rank}"
+    on_gpu = arguments.device == "cuda" or arguments.device == "auto" and not graph and infer.has_nvidia_gpu()
+    if on_gpu and (graph or infer.import_part("torch_engine").import_torch().cuda.is_available()):
+        arguments.device = f"cuda:{share.local_rank}"
+
+
+def _open_part(output: OutputFile, resume: bool, overwrite: bool) -> None:
+    """Let an output be a share's part of its file, and know what the parts of an earlier run have."""
+    path, share = output.path, output.share
+    output.path = path.with_suffix(f".rank{share.rank}{path.suffix}")
+    for other in path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"):
+        number = other.name[len(path.stem) + 5 : -len(path.suffix)]
+        if resume and other != output.path:  # of another number of processes, or with photos of ours
+            part = OutputFile(other, output.form, share)
+            part.resume()
+            output.done, output.models = output.done | part.done, output.models | part.models
+        elif overwrite and share.rank == 0 and number.isdigit() and int(number) >= share.world_size:
+            other.unlink()
 
 
 def unescape_cell(cell: str) -> str:
@@ -136,11 +143,10 @@ class OutputFile:
     """
 
     def __init__(self, path: Path, form: Form, share: Share):
-        self.path, self.form, self.size = path, form, 0
+        self.path, self.form, self.share, self.size = path, form, share, 0
         self.done: set[str] = set()
         self.failed: set[str] = set()
         self.models: set[tuple[str, str]] = set()
-        self._share = share
         self._retried: set[str] = set()  # of those that failed
         self._counts: set[int] = set()  # of predictions
         self._least = 1.0  # of all confidences
@@ -226,7 +232,7 @@ class OutputFile:
     def is_due(self, path: str) -> bool:
         """Whether an image is of this share, and has no record that stays."""
         absolute = os.path.abspath(path)
-        return self._share.has(path) and (absolute not in self.done or absolute in self._retried)
+        return self.share.has(path) and (absolute not in self.done or absolute in self._retried)
 
     def write(self, result: Result) -> None:
         """Append a record, or keep it for ``close`` if it replaces a failure; on an OSError the file is as before."""
