@@ -164,7 +164,7 @@ def explaining(message: str, kinds: type | tuple[type, ...] = (Exception, System
 
 def import_part(name: str) -> Any:
     """A module of the folder wwts, without which this file runs .onnx files and no more; or raise ModelError."""
-    with explaining("infer.py 旁边没有文件夹 wwts({})。请复制整个项目;只有 infer.py 时用 -m 文件.onnx", ImportError):
+    with explaining("infer.py 旁边没有文件夹 wwts({}),只能用 -m 文件.onnx 识别并打印结果。请复制整个项目", ImportError):
         return importlib.import_module(f"wwts.{name}")
 
 

@@ -42,15 +42,16 @@ import infer
 
 import numpy
 
-from learning.classifier import answer, cross_validate, find_suspects, fit_head, gather, judge, root
+from learning.classifier import answer, cross_validate, find_suspects, fit_head, gather, judge, unit_root
 from learning.features import Look, Network, look_at, open_backbone, run_torch
 from learning.training import finetune
 from wwts import files, memory, torch_engine, unattended
 from wwts import learned as learned_models
+from wwts.learned import FORMAT
 
 log = logging.getLogger("wwts")
-# This share of the photos, but 50 at least and 2,000 at most, is looked at again, mirrored and so much nearer.
-SECOND_LOOKS, LEAST, MOST = 0.4, 50, 2000
+# This share of the photos, but 2,000 at most, is looked at again, mirrored and nearer.
+SECOND_LOOKS, MOST = 0.08, 2000
 
 
 # ---------------------------------------------------------------- which photos
@@ -168,8 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
     labels, corrected = collect(arguments.inputs)
     arguments.source = (arguments.repo, arguments.trust_repo, arguments.weights, None, arguments.offline)
     network, store = open_backbone(arguments, len(labels)), memory.Cache(str(infer.cache_folder() / "features.sqlite"))
-    share = max(min(LEAST / len(labels), 1), min(SECOND_LOOKS, MOST / len(labels)))
-    seen = look_at(list(labels), network, arguments, store, share)
+    seen = look_at(list(labels), network, arguments, store, min(SECOND_LOOKS, MOST / len(labels)))
     learned = choose(labels, corrected, seen)
     counts = Counter(learned.values())
     names = sorted(counts)
@@ -188,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     report: dict[str, Any] = {"model": output.stem, "backbone": network.spec.name}
     report |= {"date": datetime.date.today().isoformat(), "photos": {name: counts[name] for name in names}}
     spec = dataclasses.replace(network.spec, name=output.stem, num_classes=len(names), labels=tuple(names))
-    about = report | {"parameters": network.parameters, "spec": spec.record()}
+    about = report | {"format": FORMAT, "parameters": network.parameters, "spec": spec.record()}
     report["cross_validation"] = judge(given[known], answers[known], names)
     report["suspects"] = find_suspects(photos, answers)
 
@@ -235,7 +235,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise infer.UsageError(f"{arguments.test} 里没有可以检验的照片。应是每类一个子文件夹,名称与学习的相同")
         given = numpy.array([number[elsewhere[path]] for path in seen])
         rows = numpy.stack([look.rows[0] for look in seen.values()])
-        report["test"] = judge(given, answer(root(rows) if head else rows, head, given), names)
+        report["test"] = judge(given, answer(unit_root(rows) if head else rows, head, given), names)
     few = [name for name in names if counts[name] < 10]
     report["advice"] = [f"这 {len(few)} 类少于 10 张,先补拍: {'、'.join(few)}"] if few else []
     if report["suspects"]:

@@ -18,21 +18,24 @@ CHUNK = 1024  # rows that are computed with at a time
 
 
 class Photos(NamedTuple):
-    """What is learned from: names of the categories; paths, labels by number, rooted features (N×width), times taken;
-    and of the photos whose numbers ``again`` has, by how much a second look changed rooted features (M×width)."""
+    """What is learned from: names of the categories; paths, labels by number, features (N×width, of unit_root), their
+    lengths before they were divided by them, times taken; and of the photos whose numbers ``again`` has, by how much
+    a second look changed the features (M×width)."""
 
     names: list[str]
     paths: list[str]
     labels: numpy.ndarray
     features: numpy.ndarray
+    lengths: numpy.ndarray
     times: numpy.ndarray
     again: numpy.ndarray
     changes: numpy.ndarray
 
 
-def root(features: numpy.ndarray) -> numpy.ndarray:
-    """The square root, with the sign kept."""
-    return numpy.sign(features) * numpy.sqrt(numpy.abs(features))
+def unit_root(features: numpy.ndarray) -> numpy.ndarray:
+    """Rows of square roots, with signs kept, each of length 1: how strongly a network sees a photo matters little."""
+    rooted = numpy.sign(features) * numpy.sqrt(numpy.abs(features))
+    return rooted / numpy.linalg.norm(rooted, axis=1, keepdims=True).clip(1e-12)
 
 
 def gather(labels: dict[str, str], seen: dict[str, Look]) -> Photos:
@@ -40,11 +43,11 @@ def gather(labels: dict[str, str], seen: dict[str, Look]) -> Photos:
     names, looks = sorted(set(labels.values())), [seen[path] for path in labels]
     number = {name: index for index, name in enumerate(names)}
     given = numpy.array([number[label] for label in labels.values()])
-    features = root(numpy.stack([look.rows[0] for look in looks]))
+    first, times = numpy.stack([look.rows[0] for look in looks]), numpy.array([look.time for look in looks])
     again = numpy.array([row for row, look in enumerate(looks) if len(look.rows) > 1], int)
-    changes = [root(looks[row].rows[1]) - features[row] for row in again]
-    changes = numpy.array(changes, numpy.float32).reshape(len(again), features.shape[1])
-    return Photos(names, list(labels), given, features, numpy.array([look.time for look in looks]), again, changes)
+    second = numpy.array([looks[row].rows[1] for row in again], numpy.float32).reshape(len(again), first.shape[1])
+    features, lengths = unit_root(first), numpy.sqrt(abs(first).sum(1))
+    return Photos(names, list(labels), given, features, lengths, times, again, unit_root(second) - features[again])
 
 
 def fit_head(photos: Photos, rows: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -104,7 +107,7 @@ def find_temperature(logits: numpy.ndarray, given: numpy.ndarray) -> float:
 
 
 def answer(features: numpy.ndarray, head: tuple | None, given: numpy.ndarray) -> numpy.ndarray:
-    """For rows of rooted features, or of logits: the answer by number, its confidence, and the given label's; N×3."""
+    """For rows of features or of logits: the answer by number, its confidence, and the given label's; N×3."""
     answers = numpy.empty((len(given), 3))
     for start in range(0, len(given), CHUNK):
         part = slice(start, start + CHUNK)
@@ -123,11 +126,11 @@ def members(numbers: numpy.ndarray) -> list[numpy.ndarray]:
 
 def group_views(features: numpy.ndarray, times: numpy.ndarray) -> numpy.ndarray:
     """Give the same number to photos of a category that show one thing once: see ALIKE and SECONDS."""
-    unit = features / numpy.maximum(numpy.linalg.norm(features, axis=1, keepdims=True), 1e-9)
-    linked = (unit @ unit.T > ALIKE) | (abs(times[:, None] - times) <= SECONDS) | numpy.eye(len(unit), dtype=bool)
-    groups = numpy.arange(len(unit))
+    number = len(features)
+    linked = (features @ features.T > ALIKE) | (abs(times[:, None] - times) <= SECONDS) | numpy.eye(number, dtype=bool)
+    groups = numpy.arange(number)
     # Each takes the least number among those that it is linked to, then that one's, until nothing changes.
-    while (least := numpy.where(linked, groups, len(unit)).min(1)).tolist() != groups.tolist():
+    while (least := numpy.where(linked, groups, number).min(1)).tolist() != groups.tolist():
         groups = least[least]
     return groups
 

@@ -40,14 +40,15 @@ def finetune(
     rows, paths = numpy.flatnonzero(~held), [photos.paths[row] for row in numpy.flatnonzero(held)]
     # The head first, on features that are not rooted, since a root has no finite slope at zero. Not by discriminant
     # analysis, whose large weights on what varies little would upset all with the first step.
-    features = torch.from_numpy(photos.features[rows]).float()
+    rooted = photos.features[rows] * photos.lengths[rows, None]
+    features = torch.from_numpy(rooted * abs(rooted)).float()
     linear, layer = torch.nn.Linear(features.shape[1], len(names)), learned.find_classifier(model)
     smooth = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     solver = torch.optim.LBFGS(linear.parameters(), max_iter=50)
 
     def closure() -> Any:
         solver.zero_grad()
-        loss = smooth(linear(features * features.abs()), torch.from_numpy(labels[rows]))
+        loss = smooth(linear(features), torch.from_numpy(labels[rows]))
         loss.backward()
         return loss
 

@@ -33,7 +33,7 @@ def main():
     parts = [learn.collect([folder])[0] for folder in sys.argv[1:3]]
     names = sorted(set(parts[0].values()))
     network, store = learn.open_backbone(arguments, 1000), Cache(str(cache_folder() / "features.sqlite"))
-    shares = (max(learn.LEAST / len(parts[0]), learn.SECOND_LOOKS), 0)
+    shares = (learn.SECOND_LOOKS, 0)
     train, test = (
         learn.gather(labels, learn.look_at(list(labels), network, arguments, store, share))
         for labels, share in zip(parts, shares, strict=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,20 @@ def test_base_that_arrives_is_not_answered_for_by_lites_graph(exported, base_fol
         os.link(base_folder / name, folder / name)
     result = exported.here(CAT, "-f", "jsonl", env={"MODELSCOPE_CACHE": str(exported.folder / "later")})
     assert result.returncode == 0 and records(result)[0]["model"] == "wwts_cn_base", result.stderr
+
+
+def test_infer_and_a_graph_need_nothing_beside_them(exported, without_torch, tmp_path):
+    """For what else there is, they say in one line what to copy."""
+    for path in (ROOT / "infer.py", exported.single):
+        shutil.copy(path, tmp_path)
+    plain = ("-m", tmp_path / exported.single.name, *SAMPLES)
+    for form in ("text", "jsonl", "csv"):
+        result = exported(*plain, "-f", form, program=tmp_path, env=without_torch)
+        assert result.returncode == 0 and "埃及猫" in result.stdout, result.stderr
+    for extra in (("-o", tmp_path / "x.csv"), ("--cache", tmp_path / "c"), ("-m", "wwts_cn_lite")):
+        result = exported(*plain, *extra, program=tmp_path, env=without_torch)
+        assert result.returncode == 3 and result.stdout == "", result.stderr
+        assert result.stderr.count("\n") == 1 and "没有文件夹 wwts" in result.stderr
 
 
 def assert_there_is_no_graph(exported):

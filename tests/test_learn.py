@@ -176,9 +176,10 @@ def test_scikit_learn_agrees_with_the_network(learned):
 
     (train, given), (test, _) = features("train"), features("test")
     theirs = discriminant_analysis.LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2)
-    theirs.fit(np.sqrt(train).astype(float), given)
+    train, test = (np.sqrt(rows) / np.linalg.norm(np.sqrt(rows), axis=1, keepdims=True) for rows in (train, test))
+    theirs.fit(train.astype(float), given)
     labels = np.unique(given, return_inverse=True)[1]
-    photos = make_photos(labels, np.sqrt(train))
+    photos = make_photos(labels, train)
     temperature = 17.0
     head = classifier.fit_head(photos, np.arange(len(labels)))
     weight, bias = ((part - part.mean(0)) / temperature for part in head)  # as learn.py does
@@ -186,18 +187,19 @@ def test_scikit_learn_agrees_with_the_network(learned):
     tensors = {"weight": np.float32(weight), "bias": np.float32(bias)}
     rewritten = rewrite(output, folder / "oracle.safetensors", tensors=tensors)
     confidences = all_confidences(learned_models.load_learned_model(str(rewritten)), folder / "test")
-    wanted = softmax(theirs.decision_function(np.sqrt(test).astype(float)) / temperature, 1)
+    wanted = softmax(theirs.decision_function(test.astype(float)) / temperature, 1)
     assert (confidences.argmax(1) == wanted.argmax(1)).all()
-    assert [theirs.classes_[index] for index in confidences.argmax(1)] == theirs.predict(np.sqrt(test)).tolist()
+    assert [theirs.classes_[index] for index in confidences.argmax(1)] == theirs.predict(test).tolist()
     assert abs(confidences - wanted).max() < 1e-4
 
 
 def make_photos(labels, features):
-    """Photos without times or second looks."""
+    """Photos without times or second looks, their features brought to length 1."""
     count, width = features.shape
+    features = features / np.linalg.norm(features, axis=1, keepdims=True)
     nothing = np.zeros(0, int), np.zeros((0, width))
     names, paths = [str(label) for label in range(max(labels) + 1)], [f"{row}.jpg" for row in range(count)]
-    return classifier.Photos(names, paths, labels, features, np.full(count, np.nan), *nothing)
+    return classifier.Photos(names, paths, labels, features, np.ones(count), np.full(count, np.nan), *nothing)
 
 
 def all_confidences(model, folder):
@@ -264,7 +266,8 @@ def test_a_foreign_backbone_with_features_of_either_sign(learn, goods, infer_her
     assert len(right) == 18 and np.mean(right) > 0.9
     model = learned_models.load_learned_model(str(learn.output), str(repository))
     (root, linear), features = model.module.fc, torch.tensor([[-4.0, 0.0, 9.0, 1.0, -1.0, 0.25]])
-    assert root(features).tolist() == [[-2.0, 0.0, 3.0, 1.0, -1.0, 0.5]] and linear.out_features == 3
+    assert root(features)[0].tolist() == pytest.approx(np.array([-2, 0, 3, 1, -1, 0.5]) / 15.25**0.5)
+    assert linear.out_features == 3
 
 
 def test_only_new_photos_are_looked_at(learn, goods, monkeypatch):
@@ -468,12 +471,12 @@ def test_photos_of_one_moment_stay_in_one_fold():
     # Nothing alike, but three photos each within a minute, in no order.
     index = np.arange(24) % 12
     times = index % 4 * 1000.0 + np.array([0, 30, 70])[index // 4]
-    apart = alike._replace(features=random.normal(size=(24, 50)), times=times)
+    apart = make_photos(labels, random.normal(size=(24, 50)))._replace(times=times)
     folds = classifier.assign_folds(apart)
     for label, moment in itertools.product((0, 1), range(4)):
         assert len(set(folds[(labels == label) & (times // 1000 == moment)])) == 1
     # All of one view: each photo for itself, or nothing could be judged.
-    same = alike._replace(features=np.ones((24, 50)))
+    same = make_photos(labels, np.ones((24, 50)))
     assert np.bincount(classifier.assign_folds(same)[:12]).max() <= 3
 
 

@@ -14,6 +14,8 @@ from wwts.files import read_labels
 from wwts.memory import file_state
 from wwts.torch_engine import HubModel, import_torch
 
+FORMAT = 2  # of the files; in the first, features were not brought to length 1
+
 
 def find_classifier(model: HubModel) -> str:
     """The name, within a network, of the nn.Linear that gives its logits: the last one of as many outputs."""
@@ -53,20 +55,24 @@ def load_learned_model(
         spec = Spec.parse(about["spec"], path, labels and read_labels(labels))
         if any(printable(text) != text for text in (spec.name, *spec.labels)) or re.search(r"[/\\]", spec.name):
             raise ValueError("名称中有控制字符或路径")
+    if about.get("format") != FORMAT:
+        raise ModelError(f"{path} 是另一版本的 learn.py 写的,请重新学习")
     backbone = repositories.load_hub_model(about["backbone"], repo, trust_repo, weights, offline=offline)
     if backbone.parameters != about.get("parameters"):
         cause = "现在的权重与学习时的不同。请换回那时的权重(--repo、--weights),或重新学习"
         raise ModelError(f"{path} 以 {backbone.spec.name} 为基础,{cause}")
     module, name = backbone.module, find_classifier(backbone)
 
-    class Root(torch.nn.Module):
+    class UnitRoot(torch.nn.Module):
+        """As unit_root of learning.classifier."""
+
         def forward(self, features: torch.Tensor) -> torch.Tensor:
-            return features.sign() * features.abs().sqrt()
+            return torch.nn.functional.normalize(features.sign() * features.abs().sqrt())
 
     with explaining(damaged):
         linear = torch.nn.Linear(module.get_submodule(name).in_features, spec.num_classes)
         # Trained as a whole, a network needs no root, whose slope has no limit at zero.
-        module.set_submodule(name, linear if about["whole"] else torch.nn.Sequential(Root(), linear))
+        module.set_submodule(name, linear if about["whole"] else torch.nn.Sequential(UnitRoot(), linear))
         target = module if about["whole"] else linear
         expected = {key: (value.dtype, value.shape) for key, value in target.state_dict().items()}
         if {key: (value.dtype, value.shape) for key, value in tensors.items()} != expected:
