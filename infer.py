@@ -86,7 +86,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 try:
     import numpy
@@ -95,15 +95,13 @@ except ImportError as missing:
     sys.stderr.write(f"[ERROR] Pillow 或 NumPy 不能使用({missing})。请运行: pip install -r requirements.txt\n")
     sys.exit(3)
 
-if TYPE_CHECKING:
-    from wwts.torch_engine import TorchEngine
-
 __version__ = "2.0.0"
 __all__ = [
-    "DeviceMemoryError", "Identity", "ModelError", "OnnxEngine", "Parser", "Prediction", "Recognizer", "Result", "Spec",
-    "UsageError", "add_model_options", "build_recognizer", "cache_folder", "compute_version", "decode_image",
-    "describe_image_error", "digest", "escape_cell", "explaining", "find_images", "has_nvidia_gpu", "make_form",
-    "one_line", "open_image", "preprocess", "printable", "progress_bar", "run_command",
+    "MOST_TEXT", "DeviceMemoryError", "Form", "Identity", "ModelError", "OnnxEngine", "Parser", "Prediction",
+    "Recognizer", "Result", "Spec", "StandardOutput", "UsageError", "add_model_options", "build_recognizer",
+    "cache_folder", "compute_version", "decode_image", "describe_image_error", "digest", "explaining",
+    "find_images", "has_nvidia_gpu", "import_part", "make_form", "one_line", "open_image", "preprocess",
+    "printable", "progress_bar", "run_command",
 ]  # fmt: skip
 
 # The parts of this program in the folder wwts import this file by its name, also where it is the program that runs.
@@ -500,7 +498,10 @@ class OnnxEngine:
         return digest(*digests)
 
     def classify(self, batch: list[numpy.ndarray], topk: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """As TorchEngine.classify."""
+        """Run the graph on images of crop×crop×3 uint8; give indices and confidences of the top-k, both N×k.
+
+        Confidences fall along a row; a row is NaN where the graph gave anything that is not finite. Raises ModelError.
+        """
         with explaining("ONNX Runtime 无法运行这个模型: {}。请重新导出"):
             try:
                 (confidences,) = self._session.run(None, {self._input: numpy.stack(batch)})
@@ -592,7 +593,7 @@ class Recognizer:
         self._cache = import_part("memory").AnswerCache(self.cache) if self.cache else None
         self._choice = None if self.model_is_file else import_part("choice").Choice(self)
         self._lock = threading.RLock()
-        self._engine: TorchEngine | OnnxEngine | None = None
+        self._engine: Any = None  # an OnnxEngine, or a TorchEngine, which is used like one
         self._identity: Identity | None = None
         self._failed: ModelError | None = None
         self.loading_seconds = 0.0
@@ -611,8 +612,8 @@ class Recognizer:
                 self.load()
             return self._identity
 
-    def load(self) -> TorchEngine | OnnxEngine:
-        """Load model and labels unless that is done, and return the engine. What failed once is not tried again."""
+    def load(self) -> Any:
+        """Load the model unless that is done; give its engine. What failed once is not tried again."""
         with self._lock:
             if self._failed is not None:
                 raise self._failed

@@ -107,11 +107,7 @@ class TorchEngine:
         return pixels.float().div_(255).sub_(self._mean).div_(self._std)
 
     def classify(self, batch: list[numpy.ndarray], topk: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Run the network on images of crop×crop×3 uint8; give indices and confidences of the top-k, both N×k.
-
-        Confidences fall along a row; a row is NaN where the network gave anything that is not finite.
-        Raises ModelError for whatever the network raises.
-        """
+        """As OnnxEngine.classify; raises ModelError for whatever the network raises."""
         # TF32 would cost float32 its promise that CPU and CUDA agree within 1e-3; the switch is for all threads.
         with self._lock, self._one_line_errors(), torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
             inputs = self.normalize(numpy.stack(batch)).to(self.dtype)
