@@ -87,7 +87,7 @@ def write_graph(engine: TorchEngine, path: Path, separate_weights: bool = False,
     torch = torch_engine.import_torch()
     try:
         import onnx  # noqa: F401  (torch.onnx asks for them too late and at length)
-        import onnxscript  # noqa: F401
+        import onnxscript.optimizer
     except ImportError as error:
         raise ModelError("导出需要 onnx 和 onnxscript,请运行: pip install onnx onnxscript onnxruntime") from error
     spec = engine.spec
@@ -127,6 +127,7 @@ def write_graph(engine: TorchEngine, path: Path, separate_weights: bool = False,
     except Exception as error:  # the exporter's reasons are as many as networks, and hundreds of lines long
         reason = infer.one_line(error.__cause__ or error)[:150]
         raise ModelError(f"模型 {spec.name} 不能导出为 ONNX,请直接用 torch 运行它。原因: {reason}") from error
+    onnxscript.optimizer.optimize(program.model)  # as torch itself does since 2.6
     program.model.metadata_props["wwts_spec"] = json.dumps(spec.record(), ensure_ascii=False)
     program.save(path, external_data=separate_weights)
 
@@ -196,9 +197,8 @@ def export_int8(engine: TorchEngine, path: Path, checked: list[str], photos: lis
     try:
         quantize_graph(float32, path, calibrating, {"wwts_precision": "int8"})
     except Exception as error:  # as many reasons as networks
-        raise ModelError(
-            f"模型 {engine.spec.name} 不能转成 int8,请导出成 float32。{infer.one_line(error)[:150]}"
-        ) from error
+        reason = infer.one_line(error)[:150]
+        raise ModelError(f"模型 {engine.spec.name} 不能转成 int8,请导出成 float32。{reason}") from error
     judge_graph(float32, path, judging, least)
     return largest
 
