@@ -12,14 +12,14 @@ from typing import Any
 import infer
 from infer import ModelError
 
-from wwts import repositories, torch_engine
+from wwts import files, torch_engine
 from wwts.versions import package_versions
 
 
 def versions(context: Any) -> str:
     """Python and the packages; each at least what requirements.txt asks for, and torchvision fits torch."""
     found, needs_torch = package_versions(), not context.recognizer.model_is_file
-    requirements = repositories.HERE / "requirements.txt"
+    requirements = files.HERE / "requirements.txt"
     lines = requirements.read_text().splitlines() if requirements.is_file() else []
     for name, least in (line.split(">=") for line in lines if ">=" in line):
         has, wants = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (found.get(name, ""), least))

@@ -389,10 +389,10 @@ def exported(_exported, infer_here, monkeypatch):
     """
 
     def here(*arguments, env=(), script="infer"):
-        from wwts import repositories
+        from wwts import files
 
         with monkeypatch.context() as patch:
-            patch.setattr(repositories, "HERE", _exported.program)
+            patch.setattr(files, "HERE", _exported.program)
             for name, value in {**_exported.env, **dict(env)}.items():
                 patch.setenv(name, value)
             return infer_here(*arguments, script=script)

@@ -13,7 +13,7 @@ from conftest import ROOT, SAMPLES
 
 import check as check_module
 import export
-from wwts import repositories, torch_engine
+from wwts import files, repositories, torch_engine
 
 LITE = ("-m", "wwts_cn_lite", "-d", "cpu")
 
@@ -27,7 +27,7 @@ def program(tmp_path, monkeypatch):
         shutil.copy2(photo, folder / "samples")
     for name in ("hubconf.py", "labels_zh.json", "requirements.txt"):
         shutil.copy2(ROOT / name, folder)
-    for module in (repositories, check_module, export):
+    for module in (files, check_module, export):
         monkeypatch.setattr(module, "HERE", folder)
     return folder
 
@@ -185,7 +185,7 @@ def test_a_torch_whose_answers_vary(check, monkeypatch):
 
 def test_the_exported_graph_is_compared(check, exported, monkeypatch):
     assert check() == [] and "还没有导出" in check.details["onnx"]
-    for module in (repositories, check_module, export):
+    for module in (files, check_module, export):
         monkeypatch.setattr(module, "HERE", exported.program)
     for name, value in exported.env.items():
         monkeypatch.setenv(name, value)

@@ -19,7 +19,7 @@ from torchvision import transforms
 import check as check_module
 import export as export_module
 import hubconf
-from wwts import repositories
+from wwts import files, repositories
 
 CAT, COFFEE = SAMPLES[:2]
 LITE = ("-m", "wwts_cn_lite", "-d", "cpu")
@@ -121,7 +121,7 @@ def program(tmp_path, monkeypatch):
     """A copy of the repository's files that a test may edit."""
     for name in ("hubconf.py", "labels_zh.json"):
         shutil.copy2(ROOT / name, tmp_path)
-    for module in (repositories, check_module, export_module):
+    for module in (files, check_module, export_module):
         monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path

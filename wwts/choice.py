@@ -14,9 +14,8 @@ from typing import Any
 import infer
 from infer import Identity, ModelError, OnnxEngine, Recognizer, compute_version, digest, one_line
 
-from wwts import learned, repositories
+from wwts import files
 from wwts.memory import kept_graph, recall, remember
-from wwts.torch_engine import TorchEngine, import_torch
 
 log = logging.getLogger("wwts")
 DEFAULT_MODEL, FALLBACK_MODEL = "wwts_cn_base", "wwts_cn_lite"
@@ -34,33 +33,27 @@ class Choice:
             return Identity(known["name"], known["versions"][self._settings.draft], known["num_classes"])
         return None
 
-    def load(self) -> TorchEngine | OnnxEngine:
-        """The engine, with the model loaded; raises ModelError where model, weights, labels or device are unusable."""
+    def load(self) -> Any:
+        """The model's OnnxEngine or TorchEngine; raises ModelError where it, its labels or the device are unusable."""
         settings = self._settings
         if self._known and (engine := self._load_kept_graph(self._known)):
             return engine
         name = settings.model or (self._known["name"] if self._known else DEFAULT_MODEL)
-        is_learned = name.endswith(".safetensors")
-        load = learned.load_learned_model if is_learned else repositories.load_hub_model
-        again = f"请运行: python export.py -m {name}" + "(加上同样的 --repo、--weights、--labels)" * bool(
-            settings.repo or settings.weights or settings.labels
-        )
+        again = "(加上同样的 --repo、--weights、--labels)" * any((settings.repo, settings.weights, settings.labels))
+        again = f"请运行: python export.py -m {name}{again}"
         if settings.engine == "onnx":
             raise ModelError(f"{name} 还没有导出为 ONNX,或者导出之后权重、标签或程序变了。{again}")
-        torch = import_torch()
-        if settings.device.startswith(("auto", "cuda")) and torch.cuda.is_available():
-            # CUDA wakes while the weights are read; if it cannot, that comes up again when it is used.
-            ThreadPoolExecutor(1).submit(torch.zeros, 1, device=settings.device.replace("auto", "cuda"))
+        from wwts.torch_engine import TorchEngine  # which a graph does not need
+
         try:
-            source = settings.repo, settings.trust_repo, settings.weights, settings.labels, settings.offline
-            model = load(name, *source)
+            model = self._load_network(name)
         except (FileNotFoundError, ConnectionError) as error:
             if settings.model or settings.repo or settings.weights:
                 raise ModelError(one_line(error)) from error
             return self._load_fallback(error)
         whole, draft = (dataclasses.replace(model.spec, draft=draft) for draft in (model.spec.draft, True))
-        spec = draft if settings.draft else whole
-        engine = TorchEngine(model._replace(spec=spec), settings.device, settings.dtype)
+        model = model._replace(spec=draft if settings.draft else whole)
+        engine = TorchEngine(model, settings.device, settings.dtype)
         if model.files:
             versions = [compute_version(model.weights, spec, engine.precision) for spec in (whole, draft)]
             facts = {"name": whole.name, "num_classes": whole.num_classes, "versions": versions, "warning": None}
@@ -71,6 +64,19 @@ class Choice:
             if any(outdated) and not recall(graph.name):
                 log.info("导出为 ONNX 之后,权重、标签或程序变了,这次用 torch。%s", again)
         return engine
+
+    def _load_network(self, name: str) -> Any:
+        """The HubModel of an entry point or of a file that learn.py wrote; raises what load_hub_model raises."""
+        from wwts import learned, repositories
+        from wwts.torch_engine import import_torch
+
+        settings, torch = self._settings, import_torch()
+        if settings.device.startswith(("auto", "cuda")) and torch.cuda.is_available():
+            # CUDA wakes while the weights are read; if it cannot, that comes up again when it is used.
+            ThreadPoolExecutor(1).submit(torch.zeros, 1, device=settings.device.replace("auto", "cuda"))
+        is_learned = name.endswith(".safetensors")
+        load = learned.load_learned_model if is_learned else repositories.load_hub_model
+        return load(name, settings.repo, settings.trust_repo, settings.weights, settings.labels, settings.offline)
 
     @functools.cached_property
     def _known(self) -> dict[str, Any] | None:
@@ -101,7 +107,7 @@ class Choice:
             log.warning("%s。这次用 torch", error)
             return None
 
-    def _load_fallback(self, error: OSError) -> TorchEngine | OnnxEngine:
+    def _load_fallback(self, error: OSError) -> Any:
         """The engine of the fallback model, which is remembered as the default only where that needs no network."""
         advice = f"取得方法见 docs/模型.md;加上 -m {FALLBACK_MODEL} 就不试网络"
         warning = f"{error.reason},改用 {FALLBACK_MODEL}(1,000 类)。{advice}"
@@ -123,4 +129,4 @@ class Choice:
         dtype = settings.dtype
         if dtype == "auto":
             dtype = "float32" if settings.on_cpu or settings.engine == "onnx" else "float16"
-        return "model-" + digest(str(repositories.HERE), settings.model, *paths, *places, default, dtype)[:16]
+        return "model-" + digest(str(files.HERE), settings.model, *paths, *places, default, dtype)[:16]

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from infer import MOST_TEXT, ModelError, explaining
 
+HERE = Path(__file__).resolve().parent.parent  # where hubconf.py and labels_zh.json are
+
 
 def read_text(path: str | os.PathLike) -> str:
     """The UTF-8 text of a file; raises OSError, or ValueError if it is no text or longer than 64 MiB."""

@@ -18,11 +18,11 @@ from typing import Any
 
 from infer import ModelError, Spec, UsageError, digest, explaining, one_line
 
+from wwts import files
 from wwts.files import read_labels
 from wwts.memory import file_state
 from wwts.torch_engine import REINSTALL, HubModel, check_logits, import_torch
 
-HERE = Path(__file__).resolve().parent.parent
 # The classic ImageNet evaluation pipeline, for hub models that bring no spec of their own.
 CLASSIC_SPEC = dict(
     resize=256, crop=224, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]
@@ -46,8 +46,8 @@ def load_hub_model(
     this project's own entry points, which mean that there are no weights to be had.
     """
     torch = import_torch()
-    folder = HERE if repo is None else _find_folder(repo, trust_repo, offline)
-    own, hubconf = folder == HERE, folder / "hubconf.py"
+    folder = files.HERE if repo is None else _find_folder(repo, trust_repo, offline)
+    own, hubconf = folder == files.HERE, folder / "hubconf.py"
     if not hubconf.is_file():
         raise ModelError(f"{folder} 里没有 hubconf.py;请把它和 labels_zh.json 放在 infer.py 旁边,或用 -m 文件.onnx")
     states = {os.path.abspath(path): file_state(path) for path in (hubconf, labels) if path}
@@ -73,10 +73,10 @@ def load_hub_model(
                     code.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
             parameters = _digest_tensors(module)
     if replacement is None and given.get("labels") is None and given["num_classes"] == 1000:
-        replacement = read_labels(HERE / "labels_zh.json")  # most likely ImageNet's classes
+        replacement = read_labels(files.HERE / "labels_zh.json")  # most likely ImageNet's classes
     spec = Spec.parse(given, f"模型 {name}", replacement)
-    files = {**given["files"], **states} if own else None
-    return HubModel(module, spec, digest(parameters, code.hexdigest()), files, own, parameters)
+    read_from = {**given["files"], **states} if own else None
+    return HubModel(module, spec, digest(parameters, code.hexdigest()), read_from, own, parameters)
 
 
 def _find_folder(repo: str, trust_repo: bool, offline: bool) -> Path:
@@ -114,7 +114,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
     for _, key in _imported_from(_repositories):  # "utils" of another, or of this one before it was edited
         del sys.modules[key]
     _repositories.clear()
-    theirs = folder != HERE and ((folder / "infer.py").is_file() or (folder / "infer").is_dir())
+    theirs = folder != files.HERE and ((folder / "infer.py").is_file() or (folder / "infer").is_dir())
     ours = sys.modules.pop("infer") if theirs else None
     search_path, pycache_prefix = sys.path[:], sys.pycache_prefix
     sys.path.insert(0, str(folder))
