@@ -208,7 +208,8 @@ def run(arguments: argparse.Namespace) -> int:
     if epochs:
         log.info("接着训练整个网络。随时可以中断: 存着的总是最好的一轮,加上 --resume 接着做")
         held = known & (folds == numpy.bincount(folds[known]).argmax())
-        frozen = judge(given[held], answers[held], names)["accuracy"]
+        # What is better by less than chance explains, or on a fold that is hard, may well be worse on other photos.
+        frozen = max(judge(given[held], answers[held], names)["interval"][1], report["cross_validation"]["accuracy"])
         try:
             result = finetune(arguments, network, photos, held, frozen, write)
         except (ImportError, RuntimeError) as error:

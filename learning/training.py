@@ -110,7 +110,7 @@ def finetune(
         logits = numpy.stack([seen[path].rows[0] for path in paths])
         divisor = find_temperature(logits, labels[held])
         judged = judge(labels[held], answer(logits / divisor, None, labels[held]), names)
-        share = f"没有参加训练的照片正确率 {judged['accuracy']:.1%}(此前最高 {best:.1%})"
+        share = f"没有参加训练的照片正确率 {judged['accuracy']:.1%}(超过 {best:.1%} 才换)"
         log.info("第 %d/%d 轮: 损失 %.3f,%s", epoch, epochs, numpy.mean(losses), share)
         if judged["accuracy"] > best:
             best, result = judged["accuracy"], judged
