@@ -175,7 +175,7 @@ def judge(given: numpy.ndarray, answers: numpy.ndarray, names: list[str]) -> dic
     least confidence from which on 95 % of the answers are right, with the share of answers that reach it."""
     answered, confidences, z = answers[:, 0].astype(int), answers[:, 1], 1.96
     right, number = answered == given, len(given)
-    accuracy, spread = right.mean(), z**2 / number
+    accuracy, spread = float(right.mean()), z**2 / number
     half = z * math.sqrt((accuracy * (1 - accuracy) + spread / 4) / number)
     interval = [round((accuracy + spread / 2 + sign * half) / (1 + spread), 4) for sign in (-1, 1)]
     bins = members((confidences * 15).astype(int).clip(0, 14))
@@ -187,7 +187,7 @@ def judge(given: numpy.ndarray, answers: numpy.ndarray, names: list[str]) -> dic
     threshold = next((level for level in levels if right[confidences >= level].mean() >= 0.95), None)
     return {
         "photos": number,
-        "accuracy": round(float(accuracy), 4),
+        "accuracy": round(accuracy, 4),
         "interval": interval,
         "calibration_error": round(float(error), 4),
         "threshold": threshold,
