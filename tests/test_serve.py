@@ -847,3 +847,10 @@ def test_the_page_is_strict(tiny):
     nonces = [set(re.findall(r'nonce[-=]["]?([0-9a-f]{32})', page.text)) for page in (first, second)]
     assert len(nonces[0]) == len(nonces[1]) == 1 and nonces[0] != nonces[1]
     assert not re.search(r'\son\w+="', first.text) and not re.search(r'\sstyle="', first.text)
+
+
+def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_headers():
+    with serve.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
