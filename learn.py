@@ -45,7 +45,7 @@ import numpy
 from learning.classifier import answer, cross_validate, find_suspects, fit_head, gather, judge, unit_root
 from learning.features import Look, Network, look_at, open_backbone, run_torch
 from learning.training import finetune
-from wwts import files, memory, torch_engine, unattended
+from wwts import files, memory, torch_engine
 from wwts import learned as learned_models
 from wwts.learned import FORMAT
 
@@ -71,7 +71,7 @@ def read_table(path: str) -> dict[str, str]:
             photo, label = row["path"] or "", (row["label"] or "").strip()
             if not photo or not label:
                 raise infer.UsageError(f"{path} 第 {rows.line_num} 行缺少 path 或 label")
-            names = (photo, unattended.unescape_cell(photo))  # the latter where it comes from a result of infer.py
+            names = (photo, files.unescape_cell(photo))  # the latter where it comes from a result of infer.py
             places = [Path(folder, name) for name in names for folder in ("", Path(path).parent)]
             # A ' keeps spreadsheets from taking what follows for a formula.
             label = re.sub("^'(?=[-=+@'])", "", label)

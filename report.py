@@ -45,7 +45,7 @@ import infer
 
 from PIL import Image
 
-from wwts import files, unattended
+from wwts import files
 
 TEMPLATE = Path(__file__).resolve().parent / "pages" / "report.html"
 LONGEST_LINE = 2**26  # bytes; what is longer is no record
@@ -74,7 +74,7 @@ def parse_record(line: str, header: list[str] | None) -> Record:
         answers = [(answer["label"], answer["confidence"]) for answer in row["results"]] if error is None else []
     else:
         (cells,) = csv.reader([line], strict=True)
-        row = dict(zip(header, map(unattended.unescape_cell, cells), strict=True))
+        row = dict(zip(header, map(files.unescape_cell, cells), strict=True))
         error = row["error"] or None
         answers = [(row[f"label_{rank}"], row[f"confidence_{rank}"]) for rank in range(1, len(header) // 2 - 1)]
     results = [(label, float(confidence)) for label, confidence in answers if confidence != ""]

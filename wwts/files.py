@@ -1,4 +1,4 @@
-"""Small files: read with care, and replaced in one step."""
+"""Small files: read with care, taken back from table cells, and replaced in one step."""
 
 from __future__ import annotations
 
@@ -62,3 +62,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(Path(folder, path.name), path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def unescape_cell(cell: str) -> str:
+    """The text that ``escape_cell`` was given; raises UnicodeDecodeError for what it never gives."""
+    escape = r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
+    text = cell.removeprefix("'")
+    return re.sub(escape, lambda m: m[0].encode().decode("unicode_escape"), text) if os.sep == "/" else text

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import infer
 from infer import Form, Identity, Result, StandardOutput, UsageError
 
-from wwts.files import replacing
+from wwts.files import replacing, unescape_cell
 from wwts.memory import recall, remember
 
 log = logging.getLogger("wwts")
@@ -110,13 +110,6 @@ def _open_part(output: OutputFile, resume: bool, overwrite: bool) -> None:
             output.done, output.models = output.done | part.done, output.models | part.models
         elif overwrite and share.rank == 0 and number.isdigit() and int(number) >= share.world_size:
             other.unlink()
-
-
-def unescape_cell(cell: str) -> str:
-    """The text that ``escape_cell`` was given; raises UnicodeDecodeError for what it never gives."""
-    escape = r"\\(?:\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"
-    text = cell.removeprefix("'")
-    return re.sub(escape, lambda m: m[0].encode().decode("unicode_escape"), text) if os.sep == "/" else text
 
 
 def parse_record(form: Form, line: str) -> tuple[str, str, str, list[float] | None]:
