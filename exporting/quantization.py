@@ -167,7 +167,7 @@ class Quantizer:
 
     def _layers_with_bias(self, graph: Any) -> list[Any]:
         held = {tensor.name for tensor in graph.initializer}
-        return [node for node in graph.node if self.work[node.name] and held.issuperset(node.input[2:3] or [""])]
+        return [n for n in graph.node if self.work[n.name] and any(name in held for name in n.input[2:3])]
 
     def _measure_ranges(self, graph: Path, pixels: numpy.ndarray) -> Any:
         """The least and the greatest value of each tensor."""
@@ -191,6 +191,8 @@ class Quantizer:
 
         model = copy.deepcopy(self._model)
         names = list(dict.fromkeys(node.input[0] for node in self._layers_with_bias(model.graph)))
+        if not names:
+            return {}
         del model.graph.output[:]
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
         path = graph.with_name("means.onnx")
@@ -199,7 +201,7 @@ class Quantizer:
         totals = dict.fromkeys(names, 0)
         for pixels in self._pixels:
             for name, values in zip(names, session.run(names, {"pixels": pixels[None]}), strict=True):
-                totals[name] = totals[name] + values.mean((0, 2, 3) if values.ndim == 4 else 0)
+                totals[name] = totals[name] + values.mean((0, *range(2, values.ndim)))
         return {name: total / len(self._pixels) for name, total in totals.items()}
 
     def _logits(self, path: Path) -> numpy.ndarray:

@@ -187,6 +187,21 @@ def test_rounded_weights_move_no_answer_one_way(tmp_path):
     assert ours < plain / 2, (ours, plain)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_networks_without_a_bias_and_of_one_dimension(tmp_path, biased):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 4, stride=4, bias=False), torch.nn.ReLU(), torch.nn.Flatten(2)]
+    layers += [torch.nn.Conv1d(8, 16, 3, bias=biased), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool1d(1)]
+    layers += [torch.nn.Flatten(), torch.nn.Linear(16, 10, bias=False)]
+    pixels = write_graph(torch.nn.Sequential(*layers), tmp_path / "float32.onnx")
+    quantization.quantize_graph(tmp_path / "float32.onnx", tmp_path / "int8.onnx", pixels, {})
+    tops = [
+        infer_module.OnnxEngine(tmp_path / f"{name}.onnx").classify(list(pixels), 1)[1] for name in ("float32", "int8")
+    ]
+    assert np.allclose(*tops, atol=0.002)
+
+
 def test_refusals(infer_here, hub_repository, photos_of_samples, tmp_path, monkeypatch):
     path = tmp_path / "x.onnx"
     path.write_bytes(b"the one before")
