@@ -135,7 +135,7 @@ def show(report: dict[str, Any]) -> None:
     if "test" not in results:
         print("同一次拍的照片彼此相像,以上正确率会偏高;请用 --test 给出别处拍的照片,那才是将来的正确率")
     result = next(iter(results.values()))
-    if result["threshold"] is not None:
+    if result["threshold"]:  # at 0 all answers are as right as that already
         print(f"加上 -t {result['threshold']:.2f},回答 {result['answered']:.0%} 的照片,其中 95% 以上正确")
     print("\n各类正确率,从低到高:\n 正确率   张数(学习用)  类别")
     for row in result["categories"]:

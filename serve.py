@@ -14,7 +14,8 @@
   --cache [FILE]          缓存结果,同一图片不再重算;可以是 redis://…
                           [用户缓存文件夹]
   -m, --repo, --trust-repo, --weights, --labels, --offline, -d, --dtype,
-  --engine, -b, -j        与 infer.py 相同: 用哪个模型,怎样运行它
+  --engine, -b, -j, --draft
+                          与 infer.py 相同: 用哪个模型,怎样运行它
   -q, --quiet             不显示 [INFO] 信息
   --log-time              每行信息前写上时间
   -h, --help              显示本说明

@@ -102,7 +102,7 @@ class Quantizer:
 
         self._pixels = pixels
         self._model = load_model_with_shape_infer(graph)
-        self._ranges = self._measure_ranges(graph, pixels)
+        self._ranges = self._measure_ranges(graph)
         self._expected = self._logits(graph)
         self.work = self._count_work()
         self._means = self._measure_means(graph)
@@ -140,7 +140,7 @@ class Quantizer:
         return [run for run in runs.values() if any(self.work[name] for name in run)]
 
     def _correct_biases(self, graph: Any, chosen: set[str]) -> None:
-        """Add to the chosen layers' biases what the rounding of their weights to 8 bits takes away on average.
+        """Add to the chosen layers' biases what rounding their weights to 8 bits takes away on average.
 
         What flows in is mostly positive, so weights whose roundings do not cancel out move an output one way.
         Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019,
@@ -169,14 +169,14 @@ class Quantizer:
         held = {tensor.name for tensor in graph.initializer}
         return [n for n in graph.node if self.work[n.name] and any(name in held for name in n.input[2:3])]
 
-    def _measure_ranges(self, graph: Path, pixels: numpy.ndarray) -> Any:
+    def _measure_ranges(self, graph: Path) -> Any:
         """The least and the greatest value of each tensor."""
         from onnxruntime.quantization import create_calibrator
 
         path = str(graph.with_name("ranges.onnx"))
         calibrator = create_calibrator(graph, QUANTIZED, path, use_external_data_format=True)
         calibrator.infer_session = self._session(path)  # in place of one that optimises nothing and takes long
-        photos = iter(pixels)
+        photos = iter(self._pixels)
 
         def get_next() -> dict[str, numpy.ndarray] | None:
             photo = next(photos, None)

@@ -42,8 +42,8 @@ def main():
             judged += zip(judging, tops(model, judging), tops(graph, judging), strict=True)
     before, after = ([pair[which]["label"] in labels[pair[0]] for pair in judged] for which in (1, 2))
     same = [pair[1]["label"] == pair[2]["label"] for pair in judged]
-    lost, won = (sum(now < was for was, now in zip(*pair, strict=True)) for pair in ((before, after), (after, before)))
-    number = len(judged)
+    number, lost = len(judged), sum(was and not now for was, now in zip(before, after, strict=True))
+    won = sum(after) - sum(before) + lost
     print(f"{number} 张: float32 对 {sum(before)} 张,int8 对 {sum(after)} 张(少对 {lost} 张,多对 {won} 张)")
     print(f"相差 {(sum(after) - sum(before)) / number:+.2%};首选标签 {sum(same) / number:.1%} 相同")
 

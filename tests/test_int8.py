@@ -106,7 +106,8 @@ def write_graph(network, path):
     import export
 
     spec = dict(name="bad", num_classes=10, labels=[str(i) for i in range(10)], resize=32, crop=32)
-    spec = infer_module.Spec.parse({**spec, **dict(interpolation="bilinear", mean=[0.5] * 3, std=[0.5] * 3)}, "x")
+    spec.update(interpolation="bilinear", mean=[0.5] * 3, std=[0.5] * 3)
+    spec = infer_module.Spec.parse(spec, "x")
     model = torch_engine.HubModel(network.eval(), spec, "0" * 64, None, False)
     export.write_graph(torch_engine.TorchEngine(model, "cpu", "float32"), path, separate_weights=True)
     return np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3)).astype(np.uint8)
